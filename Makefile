@@ -1,0 +1,25 @@
+# The two commands of a newcomer are `make demo` and `make test`. Both make .venv first.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test test-slow lint bench bench-gpu clean-demo
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint,demo]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/sami-cache demo --out demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+

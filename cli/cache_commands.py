@@ -1,0 +1,315 @@
+"""Commands that make, check and show caches: extract, verify, diff, inspect."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.output import ProgressLine, duration, size, table
+
+if TYPE_CHECKING:
+    from pipelines.extract import Summary
+    from pipelines.plan import Plan
+
+Data = Annotated[Path, typer.Option(envvar="SAMI_DATA", help="Images: a folder, tar shards (webdataset), or Parquet.")]
+CachePath = Annotated[Path, typer.Option("--cache", envvar="SAMI_CACHE", help="The cache.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Workers = Annotated[int | None, typer.Option(help="Threads that read and decode images. Default: one a core, at most 16.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+SHOWN = 10
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file to `app`."""
+    app.command(epilog="Example: `sami-cache extract --teacher vit_h --weights sam_vit_h_4b8939.pth --data photos/`")(extract)
+    app.command(epilog="Example: `sami-cache verify --deep && sami-cache verify --audit 16`")(verify)
+    app.command(epilog="Example: `sami-cache diff monday.zarr tuesday.zarr`")(diff)
+    app.command(epilog="Example: `sami-cache inspect cache.zarr --json`")(inspect)
+
+
+def extract(
+    teacher: Annotated[str, typer.Option(help="vit_h, vit_l, vit_b (SAM), efficientnet_lite0, or a timm model's name.")],
+    data: Data = Path("data"),
+    cache: CachePath = Path("cache.zarr"),
+    weights: Annotated[
+        str | None,
+        typer.Option(help="The teacher's checkpoint: Meta's, Hugging Face's or timm's file; or `random`, explicitly."),
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="SAM: neck (256 channels, default) or trunk. Others: a stage's index.")
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Longest side of the teacher's input. Default: 1024 for SAM (its views: 224), else grid x stride."),
+    ] = None,
+    grid: Annotated[int | None, typer.Option(help="Stored cells a side. Default: 32 dense, 14 with --views.")] = None,
+    views: Annotated[
+        int | None, typer.Option(help="Store K random views an image, the paper's exact targets, instead of one dense map.")
+    ] = None,
+    codec: Annotated[str | None, typer.Option(help="pca (default), int8 or float16.")] = None,
+    error: Annotated[float | None, typer.Option(help="Relative squared error of the pca codec. Default 0.01.")] = None,
+    images: Annotated[
+        bool | None,
+        typer.Option("--images/--no-images", help="Keep a JPEG of each image, so that training needs the cache alone."),
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: bfloat16 on CUDA.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random views, and of random weights.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images the teacher sees at once. Default: 32 on CUDA, 8 on the CPU.")
+    ] = None,
+    shard_samples: Annotated[int | None, typer.Option(help="Samples a shard, a power of two. Default: about 26 MB.")] = None,
+    source_kind: Annotated[str | None, typer.Option(help="folder, tar or parquet, where --data holds several.")] = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it takes (bytes, hours, disk), measured on a sample; write nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a teacher once over a set of images and store its embeddings.
+
+    Interrupt it as you like: the same command goes on where it stopped. Settings that you leave out are the cache's own,
+    or the defaults. Images that cannot be used are recorded with the reason, and the run goes on.
+    """
+    from pipelines import extract as stage
+    from pipelines import plan as planning
+    from pipelines.jobs import ExtractConfig
+
+    config = ExtractConfig(
+        data=data,
+        cache=cache,
+        teacher=teacher,
+        weights=weights,
+        layer=layer,
+        image_size=image_size,
+        grid=grid,
+        precision=precision,
+        views=views,
+        seed=seed,
+        codec=codec,
+        error=error,
+        images=images,
+        shard_samples=shard_samples,
+        batch_size=batch_size,
+        device=device,
+        workers=workers,
+        source_kind=source_kind,
+    )
+    with ProgressLine(quiet=as_json) as line:
+        outlook = planning.plan(config, line.extraction) if plan else None
+        summary = stage.extract(config, line.extraction) if outlook is None else None
+    if outlook is not None:
+        _print_plan(outlook, as_json)
+    elif summary is not None:
+        _print_summary(summary, as_json)
+
+
+def _print_summary(summary: "Summary", as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(asdict(summary), default=str, indent=2))
+        return
+    root, cache = summary.root, summary.cache
+    typer.echo(f"{cache}: {root['ok']} of {root['samples']} samples in {root['shards']} shards, sealed.")
+    rows = [
+        ("bytes", f"{size(summary.bytes)}, {size(summary.bytes / max(1, root['ok']))} a sample"),
+        ("root", root["root"]),
+        ("time", f"{duration(summary.seconds)}, {summary.samples_done} samples by this run"),
+    ]
+    if summary.other_writers:
+        text = f"{summary.other_writers} shards were committed by another process first"
+        if summary.differences:
+            text += f"; {len(summary.differences)} of them differ from ours (shards {summary.differences[:SHOWN]})"
+        rows.append(("other writers", text))
+    typer.echo(table(rows))
+    if summary.failures:
+        typer.echo(f"{len(summary.failures)} samples have no embedding:")
+        for key, reason in summary.failures[:SHOWN]:
+            typer.echo(f"  {key}: {reason}")
+        if len(summary.failures) > SHOWN:
+            typer.echo(f"  ... and {len(summary.failures) - SHOWN} more: sami-cache inspect {cache} --json")
+    where = "" if str(cache) == "cache.zarr" else f" --cache {cache}"
+    typer.echo(f"Next: sami-cache verify{where}, then sami-cache train{where} --student vit_s")
+
+
+def _print_plan(outlook: "Plan", as_json: bool) -> None:
+    room = outlook.free_bytes - outlook.remaining_bytes
+    if as_json:
+        values = {
+            "images": outlook.images,
+            "samples": outlook.samples,
+            "remaining": outlook.remaining,
+            "bytes": round(outlook.total_bytes),
+            "bytes_per_sample": outlook.bytes_per_sample,
+            "free_bytes": outlook.free_bytes,
+            "fits": room > 0,
+            "seconds_per_sample": outlook.seconds_per_sample,
+            "hours": outlook.hours,
+            "identity": outlook.identity,
+        }
+        typer.echo(json.dumps(values, indent=2))
+        return
+    codec = outlook.codec
+    rows = [
+        ("images", f"{outlook.images} ({outlook.samples} samples, {outlook.remaining} not extracted yet)"),
+        (
+            "bytes",
+            f"{size(outlook.total_bytes)}: {size(outlook.bytes_per_sample)} a sample (codes {size(outlook.code_bytes)}, image "
+            f"{size(outlook.image_bytes)}; {codec.kept} of {codec.channels} channels kept, {codec.dtype})",
+        ),
+        ("disk", f"{size(outlook.free_bytes)} free, {size(room)} afterwards" if room > 0 else f"{size(-room)} too little"),
+        ("teacher", f"{outlook.seconds_per_sample:.3f} s a sample on this machine, measured"),
+        ("time", duration(outlook.hours * 3600)),
+    ]
+    typer.echo(table(rows))
+
+
+def verify(
+    cache: CachePath = Path("cache.zarr"),
+    quick: Annotated[bool, typer.Option("--quick", help="Presence, sizes and records only.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Decode everything too: finite, per-sample checksums, content root.")
+    ] = False,
+    audit: Annotated[int, typer.Option(help="Run the teacher again on N samples and compare.")] = 0,
+    tolerance: Annotated[float, typer.Option(help="How far below 1 - (codec error) an audited cosine may lie.")] = 0.005,
+    sources: Annotated[bool, typer.Option("--sources", help="Hash the source images again.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Move damaged shards to quarantine/ and extract exactly those again.")
+    ] = False,
+    root: Annotated[str | None, typer.Option(help="The root that the cache must have.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Where the images are now. Default: where they were.")] = None,
+    weights: Annotated[str | None, typer.Option(help="The teacher's checkpoint. Default: the one used at extraction.")] = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that every byte of a cache is the one that was committed.
+
+    Exits with 0 if it is, 1 if not (every damaged file is named, and the samples in it), 2 if it could not be checked.
+    """
+    from pipelines.verify import VerifyConfig
+    from pipelines.verify import verify as stage
+    from sami_cache.errors import SamiCacheError
+
+    if quick and deep:
+        raise SamiCacheError("--quick and --deep exclude each other.")
+    config = VerifyConfig(
+        cache=cache,
+        level="quick" if quick else "deep" if deep else "default",
+        root=root,
+        sources=sources,
+        audit=audit,
+        tolerance=tolerance,
+        repair=repair,
+        data=data,
+        weights=weights,
+        device=device,
+        workers=workers,
+    )
+    with ProgressLine(quiet=as_json) as line:
+        result = stage(config, line.verification, line.extraction)
+    report = result.report
+    if as_json:
+        typer.echo(json.dumps(asdict(result) | {"clean": report.clean}, indent=2))
+        raise typer.Exit(0 if report.clean else 1)
+    if result.repaired:
+        typer.echo(f"extracted again: {len(result.repaired)} shards {result.repaired[:SHOWN]}")
+    if result.moved:
+        typer.echo(f"moved to {cache}/quarantine: {len(result.moved)} files")
+    for finding in report.findings:
+        typer.echo(f"{finding.path}: {finding.what}")
+        if finding.samples:
+            more = f" and {len(finding.samples) - SHOWN} more" if len(finding.samples) > SHOWN else ""
+            typer.echo(f"    samples: {', '.join(finding.samples[:SHOWN])}{more}")
+    for note in report.notes:
+        typer.echo(f"note: {note}")
+    if result.audit:
+        audited = result.audit
+        typer.echo(
+            f"audit: {audited.samples} samples, cosine to the teacher's fresh answer median {audited.median:.5f}, worst "
+            f"{audited.worst:.5f}"
+        )
+    typer.echo(f"not checked: {'; '.join(report.not_checked) or 'nothing'}")
+    counts = f"{report.samples} samples in {report.shards} shards, {size(report.bytes_read)} read"
+    if report.clean:
+        typer.echo(f"{cache}: clean ({counts}). Root {report.root}")
+        return
+    typer.echo(f"{cache}: {len(report.findings)} things are not as they were committed ({counts}).")
+    if not repair:
+        typer.echo("`sami-cache verify --repair` moves damaged shards aside and extracts exactly those again.")
+    raise typer.Exit(1)
+
+
+def diff(
+    a: Annotated[Path, typer.Argument(help="One cache.")],
+    b: Annotated[Path, typer.Argument(help="The other.")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare two caches: settings, samples, embeddings. Exits with 0 if they hold the same, else 1."""
+    from pipelines.diff import diff_caches
+
+    found = diff_caches(a, b)
+    if as_json:
+        typer.echo(json.dumps(asdict(found) | {"same": found.same}, indent=2))
+    elif found.same:
+        typer.echo(f"the same: {'equal roots' if found.same_root else f'{found.compared} samples with equal codes'}.")
+    else:
+        for line in found.settings:
+            typer.echo(line)
+        for name, keys in (("only in A", found.only_a), ("only in B", found.only_b), ("different", found.changed)):
+            if keys:
+                typer.echo(f"{name}: {len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})")
+        if found.worst is not None:
+            typer.echo(f"largest squared difference between embeddings, relative to their variance: {found.worst:.3g}")
+    raise typer.Exit(0 if found.same else 1)
+
+
+def inspect(
+    cache: Annotated[Path, typer.Argument(envvar="SAMI_CACHE", help="The cache.")] = Path("cache.zarr"),
+    as_json: AsJson = False,
+) -> None:
+    """Show what a cache holds: identity, counts, bytes, and what the codec lost."""
+    from pipelines.inspect import inspect_cache
+
+    found = inspect_cache(cache)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    identity, count, lost, codes = found["identity"], found["bytes"], found["error"], found["codes"]
+    teacher, view = identity["teacher"], identity["view"]
+    rows = [
+        ("state", f"sealed, root {found['root']}" if found["sealed"] else "not sealed: extraction has not finished"),
+        (
+            "samples",
+            f"{found['usable']} usable, {len(found['failures'])} failed, {found['samples'] - found['committed']} missing",
+        ),
+        ("teacher", f"{teacher['name']}, layer {teacher['layer']}, {teacher['image_size']} px, {identity['precision']}"),
+        ("weights", f"{teacher['weights']}, SHA-256 {teacher['weights_sha256']}"),
+        ("views", "dense" if view["mode"] == "dense" else f"{view['views']} recorded views an image, seed {view['seed']}"),
+        (
+            "codes",
+            f"{codes['kept_channels']} of {codes['channels']} channels, {codes['grid']} x {codes['grid']}, {codes['dtype']}, "
+            f"{count['bits_per_value']:.2f} bits a value",
+        ),
+        (
+            "bytes",
+            f"{size(count['total'])}; a sample: {size(count['codes_per_sample'])} codes + {size(count['jpeg_per_sample'])} "
+            f"JPEG (embedding as float16: {size(count['float16_per_sample'])})",
+        ),
+        ("shards", f"{found['shards']} of {found['shard_samples']} samples, chunks of {found['chunk_samples']}"),
+    ]
+    if lost["overall"] is not None:
+        worst = lost["worst"][0]
+        asked = f" (asked for {lost['asked']:.2%})" if lost["asked"] else ""
+        rows.append(
+            (
+                "error",
+                f"{lost['overall']:.3%} of the variance{asked}; a sample: median {lost['median']:.3%}, 99 % below "
+                f"{lost['p99']:.3%}, worst {worst['error']:.3%} ({worst['key']}); {lost['clipped_codes']} codes clipped",
+            )
+        )
+    typer.echo(str(cache))
+    typer.echo(table(rows))
+    for failure in found["failures"][:SHOWN]:
+        typer.echo(f"  failed: {failure['key']}: {failure['reason']}")

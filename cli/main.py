@@ -1,0 +1,65 @@
+"""The command line: parse, call a stage, show progress, translate errors. No logic lives here.
+
+Exit codes: 0 done; 1 damage or difference found; 2 could not do it; 3 the disk is full; 130 and 143 interrupted
+(Ctrl-C, SIGTERM), with a state that the same command continues.
+"""
+
+import sys
+import traceback
+
+import typer
+
+import sami_cache
+from cli import cache_commands, train_commands
+from sami_cache.errors import SamiCacheError
+
+app = typer.Typer(
+    name="sami-cache",
+    help="Distil big vision encoders from a cache of their features that proves its own integrity.",
+    epilog="Exit codes: 0 done, 1 damage or difference found, 2 could not do it, 3 disk full, 130/143 interrupted (resumable).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+cache_commands.register(app)
+train_commands.register(app)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(sami_cache.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of `sami-cache`."""
+    try:
+        app()
+    except SamiCacheError as error:
+        sys.exit(_fail(str(error), error.exit_code))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted.", 130))
+    except OSError as error:
+        sys.exit(_fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 2))
+    except Exception:
+        # Exit code 1 means damage, which a crash of ours must not claim.
+        traceback.print_exc()
+        sys.exit(_fail("this is a bug in sami-cache, not in your data; please report it with the lines above.", 2))
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"sami-cache: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

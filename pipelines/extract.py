@@ -1,0 +1,191 @@
+"""Extraction: the teacher runs once over an image set, shard by shard, and what it says is committed to the cache."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.embedding import Embedded
+from pipelines.jobs import ExtractConfig, Job, Progress, how_to_go_on, prepare_job, stop_here
+from pipelines.plan import RESERVE_BYTES, check_space, free_space, measure
+from sami_cache import __version__
+from sami_cache.errors import DiskFullError
+from sami_cache.processes import StopSignal
+from sami_cache.store.cache import Cache, choose_layout, create_cache
+from sami_cache.store.codecs import Codec
+from sami_cache.store.commits import OK
+from sami_cache.store.writing import Commit, seal_cache, write_shard
+
+
+@dataclass(kw_only=True)
+class Summary:
+    """What an extraction did."""
+
+    cache: Path
+    root: dict[str, Any]
+    samples_done: int
+    """By this run; 0 when there was nothing left to do."""
+    seconds: float
+    bytes: int
+    """Of the whole cache."""
+    failures: list[tuple[str, str]]
+    """(key, reason) of every sample without an embedding, whichever run met it."""
+    other_writers: int = 0
+    """Shards that another process committed first."""
+    differences: list[int] = field(default_factory=list)
+    """Those of them whose codes differ from ours: the teacher is not deterministic here."""
+
+
+def extract(config: ExtractConfig, on_progress: Callable[[Progress], None] = lambda _: None) -> Summary:
+    """Extract, or go on with what an earlier run of the same settings left, and seal the cache.
+
+    Raises:
+        IdentityError: the cache was made with other settings or images; the differing fields are listed.
+        DiskFullError: before the start or before a shard that would not fit.
+        Interrupted: on SIGINT or SIGTERM; committed shards stay, the one in hand is abandoned.
+    """
+    started = time.perf_counter()
+    with StopSignal(lambda: how_to_go_on(config.cache)) as stop:
+        job = prepare_job(config)
+        if job.cache is None:
+            outlook = measure(job, on_progress, stop)
+            check_space(outlook, config.cache)
+            job.cache = _create(job, outlook.codec)
+        cache = job.cache
+        committed = set(cache.committed())
+        missing = [shard for shard in range(cache.shards) if shard not in committed]
+        commits = run_shards(job, cache, missing, on_progress, stop) if missing else []
+        on_progress(Progress(stage="seal", done=cache.samples, total=cache.samples))
+        root = seal_cache(cache)
+    table = cache.table().select(["key", "status"]).to_pylist() if root["failed"] else []
+    return Summary(
+        cache=config.cache,
+        root=root,
+        samples_done=sum(len(cache.shard_samples(commit.record.shard)) for commit in commits if commit.won),
+        seconds=time.perf_counter() - started,
+        bytes=size_on_disk(cache),
+        failures=[(row["key"], row["status"]) for row in table if row["status"] != OK],
+        other_writers=sum(not commit.won for commit in commits),
+        differences=[commit.record.shard for commit in commits if not commit.same],
+    )
+
+
+def size_on_disk(cache: Cache) -> int:
+    """Bytes of all files of a cache, quarantine and temporary files left out."""
+    return sum(
+        entry.stat().st_size
+        for folder in (cache.path, *(path for path in cache.path.iterdir() if path.is_dir()))
+        if folder.name not in ("tmp", "quarantine")
+        for entry in os.scandir(folder)
+        if entry.is_file()
+    )
+
+
+def _create(job: Job, codec: Codec) -> Cache:
+    embedder = job.embedder
+    return create_cache(
+        job.config.cache,
+        identity=job.identity,
+        codec=codec,
+        layout=choose_layout(codec, embedder.grid, len(embedder), job.config.shard_samples),
+        keys=job.source.keys,
+        labels=job.source.labels,
+        class_names=job.source.class_names,
+        provenance={
+            "data": str(job.config.data.resolve()),
+            "weights": job.config.weights,
+            "weights_from": embedder.teacher.info.weights,
+            "seed": embedder.mode.seed,
+            "batch_size": embedder.batch_size,
+            "device": torch.cuda.get_device_name(embedder.device) if embedder.device.type == "cuda" else "cpu",
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in ("torch", "timm", "numpy", "pillow", "zstandard", "pyarrow")},
+            "sami_cache": __version__,
+        },
+    )
+
+
+def run_shards(
+    job: Job, cache: Cache, missing: list[int], on_progress: Callable[[Progress], None], stop: StopSignal
+) -> list[Commit]:
+    """Extract and commit these shards; each is written in the background while the teacher works on the next."""
+    started = time.perf_counter()
+    before = cache.samples - sum(len(cache.shard_samples(shard)) for shard in missing)
+    progress = Progress(stage="extract", done=before, total=cache.samples, bytes=size_on_disk(cache))
+    fresh = 0
+    commits: list[Commit] = []
+
+    def settle(pending: "Future[Commit] | None") -> None:
+        nonlocal fresh
+        if pending is None:
+            return
+        commit = pending.result()
+        commits.append(commit)
+        count = len(commit.record.samples)
+        fresh += count
+        progress.done += count
+        progress.bytes += sum(entry.size for entry in commit.record.files.values())
+        progress.bytes += cache.record_path(commit.record.shard).stat().st_size
+        progress.failures += sum(sample.status != OK for sample in commit.record.samples)
+        progress.per_second = fresh / (time.perf_counter() - started)
+        progress.eta_seconds = (progress.total - progress.done) / progress.per_second
+        progress.expected_bytes = progress.bytes / progress.done * progress.total
+        on_progress(progress)
+
+    on_progress(progress)
+    pending: Future[Commit] | None = None
+    runs = [list(cache.shard_samples(shard)) for shard in missing]
+    embedder = job.embedder
+    with ThreadPoolExecutor(1, thread_name_prefix="commit") as writer:
+        parts: list[Embedded] = []
+        # A run of the embedder is one batch here, so that a signal is heard between batches and not only between shards.
+        pieces = [run[i : i + embedder.batch_size] for run in runs for i in range(0, len(run), embedder.batch_size)]
+        shards = iter(missing)
+        shard = next(shards)
+        for part in embedder.embed(pieces):
+            if stop.number:
+                settle(pending)
+            stop_here(stop, cache.path)
+            parts.append(part)
+            if sum(len(piece.samples) for piece in parts) < len(cache.shard_samples(shard)):
+                continue
+            settle(pending)
+            _check_room(cache, shard, progress)
+            pending = writer.submit(_write, cache, shard, parts)
+            parts = []
+            shard = next(shards, -1)
+        settle(pending)
+    return commits
+
+
+def _write(cache: Cache, shard: int, parts: list[Embedded]) -> Commit:
+    return write_shard(
+        cache,
+        shard,
+        np.concatenate([part.embeddings for part in parts]),
+        [sample for part in parts for sample in part.samples],
+        [jpeg for part in parts for jpeg in part.jpegs],
+    )
+
+
+def _check_room(cache: Cache, shard: int, progress: Progress) -> None:
+    """Stop while there is still room for everything that is open, rather than when a write fails."""
+    samples = len(cache.shard_samples(shard))
+    per_sample = progress.bytes / progress.done if progress.done else np.prod(cache.layout.sample_shape)
+    free = free_space(cache.path)
+    if free < 2 * samples * per_sample + RESERVE_BYTES / 8:
+        left = (progress.total - progress.done) * per_sample
+        raise DiskFullError(
+            f"{cache.path}: {free / 1e6:.0f} MB free, the next shard needs {samples * per_sample / 1e6:.0f} MB and the rest of "
+            f"the cache about {left / 1e6:.0f} MB. Stopped before the disk is full; {progress.done} of {progress.total} "
+            "samples are committed. Make room, then run the same command again."
+        )

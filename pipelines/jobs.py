@@ -1,0 +1,195 @@
+"""Settings of an extraction, resolved against the cache that is there, and the teacher and images they name."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.embedding import PRECISIONS, Embedder, ViewMode
+from sami_cache.data.sources import Source, open_source
+from sami_cache.errors import IdentityError, SamiCacheError
+from sami_cache.models.teachers import load_teacher
+from sami_cache.processes import Interrupted, StopSignal
+from sami_cache.store.cache import Cache, listing_digest, read_attributes
+from sami_cache.store.codecs import CODECS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """What to extract. None means: what the cache says if there is one, else the default named in the field's text."""
+
+    data: Path
+    cache: Path
+    teacher: str
+    weights: str | None = None
+    layer: str | None = None
+    image_size: int | None = None
+    """Longest side of the teacher's input in pixels. Default: 1024 for SAM (224 for its views), grid x stride for others."""
+    grid: int | None = None
+    """Cells along each side of a stored embedding. Default: 32 dense, 14 replay."""
+    precision: str | None = None
+    """float32 or bfloat16. Default: bfloat16 on CUDA, float32 on the CPU."""
+    views: int | None = None
+    """Random views per image; 0, the default, is the dense mode."""
+    seed: int | None = None
+    """Of the random views and of random weights. Default 0."""
+    codec: str | None = None
+    """pca (default), int8 or float16."""
+    error: float | None = None
+    """Relative squared error of the pca codec. Default 0.01."""
+    images: bool | None = None
+    """Keep a JPEG of each image (short side 256) in the cache. Default True."""
+    fit_images: int | None = None
+    """Images the codec is fitted on. Default 256, fewer when their embeddings exceed 512 MiB."""
+    shard_samples: int | None = None
+    batch_size: int | None = None
+    """Images the teacher sees at once. Default 8 on the CPU, 32 on a GPU. Recorded; not part of the identity."""
+    device: str = "auto"
+    workers: int | None = None
+    """Threads that read and decode images. Default: one per core, 16 at most."""
+    source_kind: str | None = None
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """A moment of an extraction."""
+
+    stage: str
+    """`fit`, `extract` or `seal`."""
+    done: int = 0
+    total: int = 0
+    """Samples, those of earlier runs included."""
+    per_second: float = 0.0
+    """Samples of this run."""
+    eta_seconds: float | None = None
+    bytes: int = 0
+    expected_bytes: float = 0.0
+    failures: int = 0
+
+
+@dataclass
+class Job:
+    """An extraction whose settings are resolved and checked."""
+
+    config: ExtractConfig
+    source: Source
+    embedder: Embedder
+    cache: Cache | None
+    codec_settings: dict[str, Any]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {**self.embedder.identity(), "codec": self.codec_settings}
+
+
+def prepare_job(config: ExtractConfig) -> Job:
+    """Resolve the settings against the cache that is there, load the teacher, and check that they agree."""
+    existing = read_attributes(config.cache) if (config.cache / "zarr.json").exists() else None
+    if existing is None and config.cache.exists() and (not config.cache.is_dir() or any(config.cache.iterdir())):
+        raise SamiCacheError(f"{config.cache}: exists and is not a cache. Give another --cache, or move it away.")
+    settings = _settings(config, existing)
+    if settings["codec"] not in CODECS:
+        raise SamiCacheError(f"codec {settings['codec']!r} is unknown; choose one of {', '.join(CODECS)}.")
+    if settings["precision"] not in PRECISIONS:
+        raise SamiCacheError(f"precision {settings['precision']!r} is unknown; choose one of {', '.join(PRECISIONS)}.")
+    if settings["grid"] < 1 or settings["views"] < 0 or settings["batch_size"] < 1:
+        raise SamiCacheError("--grid and --batch-size must be at least 1, --views at least 0.")
+    source = open_source(config.data, kind=config.source_kind)
+    if existing:
+        _check_listing(Cache(config.cache), source)
+    teacher = load_teacher(
+        config.teacher,
+        weights=settings["weights"],
+        layer=settings["layer"],
+        image_size=settings["image_size"],
+        grid=settings["grid"],
+        seed=settings["seed"],
+    )
+    device = torch.device(settings["device"])
+    embedder = Embedder(
+        source=source,
+        teacher=teacher,
+        grid=settings["grid"],
+        mode=ViewMode(views=settings["views"], seed=settings["seed"]),
+        precision=settings["precision"],
+        device=device,
+        batch_size=settings["batch_size"],
+        images={"short_side": 256, "quality": 90} if settings["images"] else None,
+        workers=config.workers or min(16, os.cpu_count() or 1),
+    )
+    codec = {"name": settings["codec"], "error": settings["error"] if settings["codec"] == "pca" else None}
+    job = Job(config, source, embedder, None, codec | {"fit_images": settings["fit_images"]})
+    if existing:
+        job.cache = Cache(config.cache)
+        job.cache.check_identity(job.identity)
+    teacher.to(device)
+    return job
+
+
+def _settings(config: ExtractConfig, existing: dict[str, Any] | None) -> dict[str, Any]:
+    """Each setting that was left open: the cache's if there is one, else the default."""
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = torch.device(device).type == "cuda"
+    views = config.views or 0
+    defaults: dict[str, Any] = {
+        "weights": None,
+        "layer": None,
+        "image_size": 224 if views and config.teacher in ("vit_h", "vit_l", "vit_b") else None,
+        "grid": 14 if views else 32,
+        "precision": "bfloat16" if on_gpu else "float32",
+        "views": 0,
+        "seed": 0,
+        "codec": "pca",
+        "error": 0.01,
+        "images": True,
+        "fit_images": 256,
+        "batch_size": 32 if on_gpu else 8,
+    }
+    if existing:
+        identity, provenance = existing["identity"], existing["provenance"]
+        defaults |= {
+            "weights": provenance["weights"],
+            "layer": identity["teacher"]["layer"],
+            "image_size": identity["teacher"]["image_size"],
+            "grid": identity["grid"],
+            "precision": identity["precision"],
+            "views": identity["view"].get("views", 0),
+            "seed": identity["view"].get("seed", provenance["seed"]),
+            "codec": identity["codec"]["name"],
+            "error": identity["codec"]["error"] or 0.01,
+            "images": identity["images"] is not None,
+            "fit_images": identity["codec"]["fit_images"],
+            "batch_size": provenance["batch_size"],
+        }
+    given = {name: getattr(config, name) for name in defaults if getattr(config, name) is not None}
+    return {**defaults, **given, "device": device}
+
+
+def _check_listing(cache: Cache, source: Source) -> None:
+    """Raise IdentityError unless the source lists the images the cache was made for."""
+    if listing_digest(source.keys, source.labels) == cache.attributes["listing"]:
+        return
+    before, now = cache.listing["key"].to_pylist(), list(source.keys)
+    lines = []
+    for what, keys in (("added", set(now) - set(before)), ("removed", set(before) - set(now))):
+        if keys:
+            shown = ", ".join(sorted(keys)[:3])
+            lines.append(f"{len(keys)} {what}: {shown}{', ...' if len(keys) > 3 else ''}")
+    if not lines:
+        lines.append("the same images with other labels or in another order")
+    raise IdentityError(
+        f"{cache.path} was made for {len(before)} images, {source.location} has {len(now)}:\n  "
+        + "\n  ".join(lines)
+        + "\nGive the --data it was made from, or another --cache to make a new one."
+    )
+
+
+def stop_here(stop: StopSignal | None, cache: Path) -> None:
+    if stop is not None and stop.number:
+        raise Interrupted(how_to_go_on(cache), stop.number)
+
+
+def how_to_go_on(cache: Path) -> str:
+    return f"interrupted: what was committed to {cache} stays; run the same command again to go on."

@@ -1,0 +1,262 @@
+"""Pretraining a student from a cache, from pixels, or with the teacher online."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pipelines.embedding import PRECISIONS
+from pipelines.recipes import SAMI_IMAGENET
+from sami_cache.checkpoints import load_weights
+from sami_cache.data.sources import open_source
+from sami_cache.errors import SamiCacheError
+from sami_cache.loader import CacheSamples, Loader, LoaderConfig, Samples, SourceSamples, split_held_out
+from sami_cache.losses import Kind
+from sami_cache.models.students import SAMI, KeysValues, create_encoder
+from sami_cache.models.teachers import Teacher, load_teacher
+from sami_cache.processes import distributed, rank_and_world
+from sami_cache.store.cache import Cache
+from sami_cache.tasks.sami import CacheTargets, OnlineTargets, PixelTargets, SAMIConfig, SAMITask, Target
+from sami_cache.training import TrainConfig, Trainer
+
+MICRO_BATCH = {"cuda": 512, "cpu": 32}
+# They say where things are and how fast they go, not what is computed.
+FREE_FIELDS = ("places",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """A pretraining run. None means: decided from the cache and the recipe; the resolved values are saved with the run."""
+
+    run: Path
+    cache: Path | None = None
+    """Where the samples come from; None only with `teacher_online` or target pixels."""
+    data: Path | None = None
+    """The images themselves: for caches without images, and for training without a cache."""
+    student: str = "vit_s"
+    target: Target = "teacher"
+    teacher_online: bool = False
+    teacher: str | None = None
+    """Online teacher; by default the cache's."""
+    weights: str | None = None
+    layer: str | None = None
+    image_size: int | None = None
+    """Of the online teacher's input, pixels; by default 14 cells' worth."""
+    epochs: float = SAMI_IMAGENET.epochs
+    steps: int | None = None
+    """Instead of epochs."""
+    warmup_epochs: float | None = None
+    """Default: a tenth of the epochs, 40 of 400 as published."""
+    batch_size: int | None = None
+    """Images a step. Default: 4096, or for small sets the largest power of two that makes four steps an epoch."""
+    micro_batch: int | None = None
+    """Images a process sees at once, an upper limit."""
+    base_lr: float = SAMI_IMAGENET.base_lr
+    weight_decay: float = SAMI_IMAGENET.weight_decay
+    clip_grad: float | None = None
+    mask_ratio: float = SAMI_IMAGENET.mask_ratio
+    loss: Kind = "mse"
+    keys_values: KeysValues = "visible+mask"
+    decoder_width: int = SAMI_IMAGENET.decoder_width
+    decoder_depth: int = SAMI_IMAGENET.decoder_depth
+    holdout: float = 0.02
+    """Share of the images that are never trained on, and that cosine and loss are reported for."""
+    seed: int = 0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
+    device: str = "auto"
+    workers: int | None = None
+    log_every: int | None = None
+    checkpoint_every: int | None = None
+    evaluate_every: int | None = None
+    resume: bool = False
+    """Continue the run in `run`."""
+    init: Path | None = None
+    """Start from the weights of another run or file."""
+
+
+@dataclass(kw_only=True)
+class Prepared:
+    """A run that is ready to start."""
+
+    task: SAMITask
+    train: TrainConfig
+    settings: dict[str, Any]
+    """What is saved with the run, `train` left out."""
+
+
+def train(
+    config: TrainingConfig,
+    on_log: Callable[[dict[str, Any]], None] = lambda line: None,
+    on_start: Callable[[Prepared], None] = lambda prepared: None,
+) -> dict[str, Any]:
+    """Run or continue a pretraining; returns the last line of its log. Raises what `Trainer` and the loader raise."""
+    with distributed(config.device) as device:
+        prepared = prepare(config, device)
+        trainer = Trainer(
+            prepared.task,
+            prepared.train,
+            config.run,
+            device,
+            resume=config.resume,
+            settings=prepared.settings,
+            free_fields=FREE_FIELDS,
+            on_log=on_log,
+        )
+        if config.init is not None and trainer.step == 0:
+            load_weights(prepared.task.model, config.init)
+        if rank_and_world()[0] == 0:
+            on_start(prepared)
+        return trainer.fit()
+
+
+def prepare(config: TrainingConfig, device: torch.device) -> Prepared:
+    """Resolve a configuration: samples, split, sizes, model and targets."""
+    samples, cache = _samples(config)
+    chosen, held = split_held_out(samples.keys, samples.usable, config.holdout)
+    count = int(chosen.sum())
+    if not count:
+        raise SamiCacheError("there is no image left to train on: extract more, or lower --holdout.")
+    world = rank_and_world()[1]
+    batch_size = config.batch_size or min(SAMI_IMAGENET.batch_size, 1 << max(0, (count // 4).bit_length() - 1))
+    limit = config.micro_batch or MICRO_BATCH.get(device.type, 32)
+    accumulate = _accumulate(batch_size, world, limit)
+    teacher = _teacher(config, cache) if config.teacher_online else None
+    loader_config = LoaderConfig(
+        batch_size=batch_size,
+        micro_batches=accumulate,
+        seed=config.seed,
+        teacher_size=teacher.info.image_size if teacher else None,
+        teacher_interpolation=teacher.info.interpolation if teacher else "bilinear",
+        threads=config.workers,
+    )
+    rank = rank_and_world()[0]
+    loader = Loader(samples, chosen, loader_config, rank=rank, world=world)
+    steps = config.steps or max(1, round(config.epochs * loader.steps_per_epoch))
+    warmup_epochs = config.warmup_epochs
+    warmup = steps // 10 if warmup_epochs is None else min(steps, round(warmup_epochs * loader.steps_per_epoch))
+    cadence = max(loader.steps_per_epoch, min(200, steps))
+    train_config = TrainConfig(
+        steps=steps,
+        batch_size=batch_size,
+        lr=config.base_lr * batch_size / 256,
+        seed=config.seed,
+        warmup_steps=warmup,
+        accumulate=accumulate,
+        weight_decay=config.weight_decay,
+        betas=SAMI_IMAGENET.betas,
+        clip_grad=config.clip_grad,
+        precision=config.precision,
+        compile=config.compile,
+        log_every=config.log_every or max(1, min(20, steps // 50)),
+        checkpoint_every=config.checkpoint_every or cadence,
+        evaluate_every=(config.evaluate_every or max(1, min(cadence, steps // 2))) if held.any() else None,
+    )
+    torch.manual_seed(config.seed)
+    sami = SAMIConfig(mask_ratio=config.mask_ratio, loss=config.loss, tokens="masked" if config.target == "pixels" else "all")
+    targets = _targets(config, cache, teacher, samples, held if held.any() else chosen, loader_config, device)
+    model = SAMI(
+        create_encoder(config.student),
+        target_channels=targets.channels,
+        decoder_width=config.decoder_width,
+        decoder_depth=config.decoder_depth,
+        keys_values=config.keys_values,
+    )
+    task = SAMITask(
+        model, targets, loader, Loader(samples, held, _for_evaluation(loader_config)) if held.any() else None, sami, device
+    )
+    settings = {
+        "student": config.student,
+        "target": config.target,
+        "teacher_online": None if teacher is None else {**asdict(teacher.info), "calibrated": True},
+        "cache": None if cache is None else {"cache_id": cache.cache_id, "identity": cache.identity},
+        "sami": asdict(sami),
+        "decoder": {"width": config.decoder_width, "depth": config.decoder_depth, "keys_values": config.keys_values},
+        "target_channels": targets.channels,
+        "holdout": config.holdout,
+        "samples": {"train": count, "held_out": int(held.sum())},
+        "views": asdict(loader_config.views),
+        "steps_per_epoch": loader.steps_per_epoch,
+        "init": None if config.init is None else str(config.init),
+        "places": {
+            "cache": None if config.cache is None else str(config.cache.resolve()),
+            "data": None if config.data is None else str(config.data.resolve()),
+            "weights": config.weights,
+        },
+    }
+    return Prepared(task=task, train=train_config, settings=settings)
+
+
+def _samples(config: TrainingConfig) -> tuple[Samples, Cache | None]:
+    """A cache's samples, or the images of a source where no cache is given."""
+    if config.cache is None:
+        if config.data is None or (config.target == "teacher" and not config.teacher_online):
+            raise SamiCacheError("there is nothing to train from: give --cache, or --data with --teacher-online (or pixels).")
+        return SourceSamples(open_source(config.data)), None
+    cache = Cache(config.cache)
+    if config.teacher_online and cache.views:
+        raise SamiCacheError(
+            f"{cache.path} holds recorded views, and a teacher online sees new ones: take the images themselves (--no-cache "
+            "--data DIR)."
+        )
+    needed = config.data is not None and not cache.has_images
+    return CacheSamples(cache, open_source(config.data) if needed and config.data else None), cache
+
+
+def _teacher(config: TrainingConfig, cache: Cache | None) -> Teacher:
+    """The online teacher: the cache's unless told otherwise, at a resolution that gives the student's 14 x 14 cells."""
+    if config.target != "teacher":
+        raise SamiCacheError("--teacher-online goes with --target teacher.")
+    known = cache.identity["teacher"] if cache else {}
+    name = config.teacher or known.get("name")
+    if name is None:
+        raise SamiCacheError("--teacher-online without a cache needs the teacher's name: --teacher vit_h, for example.")
+    same = name == known.get("name")
+    weights = config.weights or (cache.attributes["provenance"]["weights"] if cache and same else None)
+    layer = config.layer or (known.get("layer") if same else None)
+    size = config.image_size or 14 * (known["stride"] if same else 16)
+    teacher = load_teacher(name, weights=weights, layer=layer, image_size=size, grid=14)
+    if same and teacher.info.weights_sha256 != known["weights_sha256"]:
+        raise SamiCacheError(
+            f"the online teacher's weights ({teacher.info.weights_sha256[:12]}...) are not those of the cache "
+            f"({known['weights_sha256'][:12]}...): give the same --weights, or train without the cache."
+        )
+    return teacher
+
+
+def _targets(
+    config: TrainingConfig,
+    cache: Cache | None,
+    teacher: Teacher | None,
+    samples: Samples,
+    chosen: Any,
+    loader_config: LoaderConfig,
+    device: torch.device,
+) -> CacheTargets | PixelTargets | OnlineTargets:
+    if config.target == "pixels":
+        return PixelTargets()
+    if teacher is None:
+        if cache is None:
+            raise SamiCacheError("no cache to train from: give --cache, or --data together with --teacher-online.")
+        return CacheTargets(cache.codec)
+    on_gpu = device.type == "cuda"
+    targets = OnlineTargets(teacher, precision=PRECISIONS["bfloat16" if on_gpu else "float32"]).to(device)
+    targets.calibrate(Loader(samples, chosen, _for_evaluation(loader_config)).evaluation(16), 64, device)
+    return targets
+
+
+def _for_evaluation(config: LoaderConfig) -> LoaderConfig:
+    from dataclasses import replace
+
+    return replace(config, batch_size=1, micro_batches=1)
+
+
+def _accumulate(batch_size: int, world: int, limit: int) -> int:
+    """The fewest micro-batches that keep a process's share within `limit` images and cut it evenly."""
+    if batch_size % world:
+        raise SamiCacheError(f"--batch-size {batch_size} is no multiple of the {world} processes.")
+    share = batch_size // world
+    return next(parts for parts in range(math.ceil(share / limit), share + 1) if share % parts == 0)

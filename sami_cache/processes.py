@@ -1,0 +1,117 @@
+"""What reaches a training process from outside: the other ranks, and signals."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sami_cache.errors import SamiCacheError
+
+T = TypeVar("T")
+
+
+class Interrupted(SamiCacheError):
+    """A signal stopped the run. `exit_code` is 128 + the signal's number: 143 for SIGTERM, 130 for Ctrl-C."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+@contextmanager
+def distributed(device: str = "auto") -> Iterator[torch.device]:
+    """The device to train on; under torchrun also the process group (nccl on CUDA, gloo on the CPU) while the block runs."""
+    chosen = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.type == "cuda":
+        chosen = chosen if chosen.index is not None else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if chosen.index >= torch.cuda.device_count():
+            raise SamiCacheError(f"{chosen} asked for, {torch.cuda.device_count()} CUDA devices found: start fewer or use cpu")
+        torch.cuda.set_device(chosen)
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield chosen
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield chosen
+        dist.barrier()  # without it gloo aborts, every other time, in the rank whose peer has already left
+    finally:
+        dist.destroy_process_group()
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def largest(value: int, device: torch.device) -> int:
+    """The largest `value` of all ranks; every rank must ask. Waits for the device only where there are several."""
+    if rank_and_world()[1] == 1:
+        return value
+    shared = torch.tensor(value, device=device)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
+
+
+def average(metrics: Mapping[str, Tensor], device: torch.device) -> dict[str, float]:
+    """Scalars averaged over the ranks, in one transfer from the device; every rank must ask, with the same names."""
+    stacked = torch.stack([value.detach().to(device, torch.float32) for value in metrics.values()])
+    if dist.is_initialized():
+        dist.all_reduce(stacked)
+        stacked /= dist.get_world_size()
+    return dict(zip(metrics, stacked.tolist(), strict=True))
+
+
+def from_first_rank(ask: Callable[[], T], device: torch.device) -> T:
+    """What `ask` returns on rank 0, on every rank; a `SamiCacheError` of rank 0 is raised on all."""
+    if not dist.is_initialized():
+        return ask()
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = ask()
+        except SamiCacheError as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0, device=device)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+class StopSignal:
+    """While the block runs, SIGTERM and SIGINT are noted in `number`; a second one raises `Interrupted` where it strikes.
+
+    A third ends the process wherever it is stuck. Outside the main thread, where Python allows no handlers, nothing is noted.
+    """
+
+    def __init__(self, describe: Callable[[], str]):
+        self.number = 0
+        self._describe = describe
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.number:
+            for each in self._previous:
+                signal.signal(each, signal.SIG_DFL)
+            raise Interrupted(self._describe(), number)
+        self.number = number
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process, or rank 0 under torchrun, also before and after the process group exists."""
+    return os.environ.get("RANK", "0") == "0"

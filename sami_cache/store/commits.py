@@ -1,0 +1,118 @@
+"""Commit records: one immutable, self-verifying JSON file per shard, and the roots over all of them.
+
+A shard exists once its record exists. The record names the shard's files with their sizes and digests and says of every
+sample where it came from. Nothing in it depends on when or where it was made, so two runs of a deterministic teacher
+write the same records.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from sami_cache.errors import DamageError
+from sami_cache.store.files import canonical_json, parse_sealed_json, seal
+
+OK = "ok"
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """One row of a record. What the caller of `Cache.write_shard` does not know is filled in there."""
+
+    key: str
+    label: int | None = None
+    source: str | None = None
+    """BLAKE3 of the encoded source image; None if it could not be read."""
+    width: int | None = None
+    """Of the decoded, upright source image, in pixels."""
+    height: int | None = None
+    view: list[float] | None = None
+    """Replay caches: [x0, y0, x1, y1, flip], the box in [0, 1] and the flip as 0 or 1."""
+    status: str = OK
+    """`ok`, or in a few words why this sample has no embedding (its codes are zeros then)."""
+    codes_crc32c: int | None = None
+    """Of the sample's uncompressed codes."""
+    error: float | None = None
+    """Relative squared error of the codec on this sample."""
+    energy: float | None = None
+    """Mean square of the embedding about the codec's mean, relative to the codec's variance."""
+    clipped: int | None = None
+    """How many codes lie at the end of their range."""
+    jpeg: list[int] | None = None
+    """Where the image lies in the shard's image file: [offset, size, crc32c]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    size: int
+    blake3: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A commit record."""
+
+    cache_id: str
+    shard: int
+    files: dict[str, FileEntry]
+    """By path relative to the cache: the shard of `codes`, and `images/...` if the cache has images."""
+    content: str
+    """BLAKE3 of the shard's uncompressed codes."""
+    chunk_crc32c: list[int]
+    samples: list[Sample]
+    digest: str = ""
+    """The record's own BLAKE3, set when it is read back."""
+
+
+_COLUMNS = [field.name for field in fields(Sample)]
+
+
+def record_bytes(record: Record) -> bytes:
+    """The record as it is stored; samples are columns, so that a name is written once."""
+    value: dict[str, Any] = {
+        "cache_id": record.cache_id,
+        "shard": record.shard,
+        "files": {name: asdict(entry) for name, entry in record.files.items()},
+        "content": record.content,
+        "chunk_crc32c": record.chunk_crc32c,
+        "samples": {name: [getattr(sample, name) for sample in record.samples] for name in _COLUMNS},
+    }
+    return canonical_json(seal(value))
+
+
+def parse_record(data: bytes, path: Path | str, *, cache_id: str, shard: int) -> Record:
+    """Read a record. Raises DamageError if it is damaged, or is another cache's or another shard's."""
+    value = parse_sealed_json(data, path)
+    for name, expected in (("cache_id", cache_id), ("shard", shard)):
+        if value.get(name) != expected:
+            raise DamageError(f"{path}: {name} is {value.get(name)!r}, expected {expected!r}. The file belongs elsewhere.")
+    try:
+        columns = value["samples"]
+        rows = zip(*(columns[name] for name in _COLUMNS), strict=True)
+        return Record(
+            cache_id=cache_id,
+            shard=shard,
+            files={name: FileEntry(**entry) for name, entry in value["files"].items()},
+            content=value["content"],
+            chunk_crc32c=value["chunk_crc32c"],
+            samples=[Sample(**dict(zip(_COLUMNS, row, strict=True))) for row in rows],
+            digest=value["blake3"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamageError(f"{path}: not a commit record of this format ({type(error).__name__}: {error})") from error
+
+
+def merkle_root(cache_id: str, leaves: Sequence[str]) -> str:
+    """BLAKE3 Merkle root over hexadecimal digests, one per shard in order, bound to the cache.
+
+    Leaves, inner nodes and the root are hashed with different first bytes, so that none can pass for another (RFC 6962,
+    section 2.1); an odd node moves up unchanged.
+    """
+    level = [blake3(b"\x00" + bytes.fromhex(leaf)).digest() for leaf in leaves]
+    while len(level) > 1:
+        paired = [blake3(b"\x01" + a + b).digest() for a, b in zip(level[::2], level[1::2], strict=False)]
+        level = paired + ([level[-1]] if len(level) % 2 else [])
+    return blake3(b"\x02" + bytes.fromhex(cache_id) + len(leaves).to_bytes(8, "big") + b"".join(level)).hexdigest()

@@ -1,0 +1,210 @@
+"""SAMI pretraining: data, model, target and metric put together (EfficientSAM, arXiv 2312.00863, section 3.2).
+
+The target is the teacher's features from a cache (SAMI), the image's own pixels (MAE), or a teacher that runs along; all
+three share every other line.
+
+Targets are the teacher's features less their mean, divided by one number, the square root of their mean variance, in the
+cache's rotated basis. None of that changes which student is best (the rotation is orthonormal, the rest is one offset
+and one scale), but a loss of 1 then means "predicts the mean" for every teacher, and learning rates carry over.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sami_cache.data.views import crop_embeddings, valid_region
+from sami_cache.errors import SamiCacheError
+from sami_cache.loader import Batch, Loader
+from sami_cache.losses import Kind, Tokens, feature_loss
+from sami_cache.models.students import SAMI, patch_targets
+from sami_cache.models.teachers import Teacher
+from sami_cache.store.codecs import Codec
+
+Target = Literal["teacher", "pixels"]
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAMIConfig:
+    """What is predicted and how it is scored."""
+
+    mask_ratio: float = 0.75
+    """Share of tokens removed from the encoder's input."""
+    loss: Kind = "mse"
+    tokens: Tokens = "all"
+    """Scored tokens; MAE scores the masked ones."""
+
+
+class Targets(Protocol):
+    """What the student is to predict for every token of a batch."""
+
+    channels: int
+
+    def __call__(self, batch: Batch, pixels: Tensor, grid: int) -> Tensor:
+        """float32 [B, grid * grid, channels] on the device of `pixels` ([B, 3, S, S], normalised)."""
+        ...
+
+    def features(self, values: Tensor) -> Tensor:
+        """Predictions or targets [B, N, channels] as features in the teacher's own channels, [B, N, C]."""
+        ...
+
+
+class CacheTargets(nn.Module):
+    """The teacher's features from a cache's codes: cut, mirrored, resampled and scaled on the training device."""
+
+    def __init__(self, codec: Codec) -> None:
+        super().__init__()
+        self.channels = codec.kept
+        self.scale = float(np.sqrt(codec.variance))
+        for name in ("basis", "mean", "step"):
+            self.register_buffer(name, torch.from_numpy(getattr(codec, name).copy()))
+
+    def forward(self, batch: Batch, pixels: Tensor, grid: int) -> Tensor:
+        if batch.codes is None:
+            raise SamiCacheError("these samples come without a teacher's features: give a cache, or --teacher-online.")
+        device = pixels.device
+        codes = batch.codes.to(device, non_blocking=True).float()
+        boxes, flips = batch.boxes.to(device, non_blocking=True), batch.flips.to(device, non_blocking=True)
+        cut = crop_embeddings(codes, boxes, flips, grid)
+        return cut.flatten(2).transpose(1, 2) * (self.get_buffer("step") / self.scale)
+
+    def features(self, values: Tensor) -> Tensor:
+        return (values * self.scale) @ self.get_buffer("basis") + self.get_buffer("mean")
+
+
+class PixelTargets(nn.Module):
+    """The image itself, patch by patch (MAE, arXiv 2111.06377, `norm_pix_loss`)."""
+
+    def __init__(self, patch: int = 16) -> None:
+        super().__init__()
+        self.patch, self.channels = patch, 3 * patch * patch
+
+    def forward(self, batch: Batch, pixels: Tensor, grid: int) -> Tensor:
+        if pixels.shape[-1] != grid * self.patch:
+            raise SamiCacheError(f"{pixels.shape[-1]} pixels are not {grid} patches of {self.patch}")
+        return patch_targets(pixels, self.patch)
+
+    def features(self, values: Tensor) -> Tensor:
+        return values
+
+
+class OnlineTargets(nn.Module):
+    """The teacher itself, run on every view: what a cache replaces."""
+
+    def __init__(self, teacher: Teacher, *, precision: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.teacher, self.precision = teacher, precision
+        self.channels = teacher.info.channels
+        self.register_buffer("mean", torch.zeros(self.channels))
+        self.scale = 1.0
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterator[Batch], count: int, device: torch.device) -> None:
+        """Measure mean and variance, which a cache knows from its extraction, on about `count` samples."""
+        total, squares, positions, seen = torch.zeros(self.channels).double(), 0.0, 0, 0
+        for batch in batches:
+            features = self._embed(batch, device, 14).cpu().double()
+            total += features.sum((0, 1))
+            squares += float(features.square().sum())
+            positions += features.shape[0] * features.shape[1]
+            seen += len(batch.keys)
+            if seen >= count:
+                break
+        mean = total / positions
+        self.scale = float((squares / positions - mean.square().sum()) / self.channels) ** 0.5
+        self.mean = mean.float().to(device)
+
+    def _embed(self, batch: Batch, device: torch.device, grid: int) -> Tensor:
+        if batch.teacher_pixels is None:
+            raise SamiCacheError("these samples come without the teacher's view of the image: give the loader teacher_size.")
+        pixels = self.teacher.normalise(batch.teacher_pixels.to(device, non_blocking=True))
+        with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
+            maps = self.teacher(pixels).float()
+        whole = torch.tensor([maps.shape[2:]], device=device, dtype=torch.float32).expand(len(maps), 2)
+        return valid_region(maps, whole, grid).flatten(2).transpose(1, 2)
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, pixels: Tensor, grid: int) -> Tensor:
+        return (self._embed(batch, pixels.device, grid) - self.mean) / self.scale
+
+    def features(self, values: Tensor) -> Tensor:
+        return values * self.scale + self.mean
+
+
+class SAMITask:
+    """Implements `training.Task`."""
+
+    def __init__(
+        self, model: SAMI, targets: nn.Module, train: Loader, held_out: Loader | None, config: SAMIConfig, device: torch.device
+    ) -> None:
+        """`targets`: one of the `Targets` of this file."""
+        self.model: nn.Module = model
+        self.train, self.held_out, self.config = train, held_out, config
+        self.targets = targets.to(device)
+        self.device = device
+        self.steps_per_epoch: float | None = train.steps_per_epoch
+        rows, columns = model.grid_size
+        if rows != columns:
+            raise SamiCacheError(f"the student's grid is {rows} x {columns}: only square ones are supported")
+        self.grid = rows
+        self._mean = torch.tensor(IMAGENET_MEAN, device=device)[:, None, None] * 255
+        self._std = torch.tensor(IMAGENET_STD, device=device)[:, None, None] * 255
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        return self.train.batches(start_step)
+
+    def loss(self, model: nn.Module, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+        prediction, target, mask = self.predict(model, batch)
+        if self.config.loss == "cosine":  # an angle depends on the origin: it is taken between features as they are
+            prediction, target = self.targets.features(prediction.float()), self.targets.features(target)  # type: ignore[operator]
+        return feature_loss(prediction, target, mask, kind=self.config.loss, tokens=self.config.tokens)
+
+    def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(prediction, target, mask) of a batch: [B, N, channels] twice, and bool [B, N], True = masked."""
+        pixels = (batch.pixels.to(self.device, non_blocking=True).float() - self._mean) / self._std
+        ids = batch.ids_shuffle.to(self.device, non_blocking=True)
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            target = self.targets(batch, pixels, self.grid)
+        prediction, mask = model(pixels, ids, self.config.mask_ratio)
+        return prediction, target, mask
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """On the held-out images, whole, with fixed masks.
+
+        `heldout_loss`: the mean squared error of all tokens, 1 for predicting the mean. `heldout_cosine`: mean over tokens of
+        the cosine between predicted and true features, both less their mean (which alone makes any two features look
+        alike); also over visible and masked tokens, and `heldout_cosine_raw` with the mean left in.
+        """
+        if self.held_out is None:
+            return {}
+        sums: dict[str, Tensor] = {}
+        tokens = {"visible": 0, "masked": 0}
+        for batch in self.held_out.evaluation(32):
+            prediction, target, mask = self.predict(model, batch)
+            prediction = prediction.float()
+            centred = F.cosine_similarity(prediction, target, dim=-1)
+            features = self.targets.features  # type: ignore[assignment]
+            raw = F.cosine_similarity(features(prediction), features(target), dim=-1)  # type: ignore[operator]
+            parts = {
+                "loss": (prediction - target).square().mean(-1).sum(),
+                "raw": raw.sum(),
+                "visible": (centred * ~mask).sum(),
+                "masked": (centred * mask).sum(),
+            }
+            sums = {name: sums.get(name, 0) + value for name, value in parts.items()}
+            tokens["masked"] += int(mask.sum())
+            tokens["visible"] += int((~mask).sum())
+        count = sum(tokens.values())
+        return {
+            "heldout_loss": float(sums["loss"]) / count,
+            "heldout_cosine": float(sums["visible"] + sums["masked"]) / count,
+            "heldout_cosine_visible": float(sums["visible"]) / tokens["visible"],
+            "heldout_cosine_masked": float(sums["masked"]) / tokens["masked"],
+            "heldout_cosine_raw": float(sums["raw"]) / count,
+        }

@@ -1,0 +1,87 @@
+"""Things several test files share: embeddings that behave like a teacher's, and a small cache made of them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sami_cache.store.cache import Cache, choose_layout, create_cache
+from sami_cache.store.codecs import fit_codec
+from sami_cache.store.commits import Sample
+from sami_cache.store.writing import seal_cache, write_shard
+
+
+def teacher_like(samples: int, channels: int = 24, grid: int = 8, seed: int = 0) -> np.ndarray:
+    """float32 [samples, channels, grid, grid]: correlated channels of falling variance, smooth in space, far from zero mean."""
+    rng = np.random.default_rng(12345)  # the teacher; `seed` chooses the images
+    mixing = rng.normal(size=(channels, channels)) * (0.7 ** np.arange(channels))
+    offset = rng.normal(size=channels) * 3
+    rng = np.random.default_rng(seed)
+    noise = rng.normal(size=(samples, channels, grid, grid))
+    smooth = (noise + np.roll(noise, 1, 2) + np.roll(noise, 1, 3)) / np.sqrt(3)
+    return (np.einsum("ij,njyx->niyx", mixing, smooth) + offset[:, None, None]).astype(np.float32)
+
+
+def make_identity(**changes: object) -> dict:
+    identity: dict = {
+        "teacher": {"name": "synthetic", "weights_sha256": "0" * 64},
+        "precision": "float32",
+        "grid": 8,
+        "view": {"mode": "dense"},
+        "codec": {"name": "pca", "error": 0.01},
+        "images": {"short_side": 256, "quality": 90},
+        "source_kind": "folder",
+    }
+    return identity | changes
+
+
+def make_samples(keys: list[str], bad: tuple[int, ...] = ()) -> list[Sample]:
+    return [
+        Sample(
+            key=key,
+            label=index % 3,
+            source=f"{index:064x}",
+            width=None if index in bad else 40,
+            height=None if index in bad else 30,
+            status="truncated file" if index in bad else "ok",
+        )
+        for index, key in enumerate(keys)
+    ]
+
+
+def new_cache(path: Path, samples: int = 40, shard_samples: int = 16, codec: str = "pca", **changes: object) -> Cache:
+    embeddings = teacher_like(samples)
+    fitted = fit_codec(codec, embeddings)
+    keys = [f"class/{index:04d}.jpg" for index in range(samples)]
+    return create_cache(
+        path,
+        identity=make_identity(codec={"name": codec, "error": fitted.error}, **changes),
+        codec=fitted,
+        layout=choose_layout(fitted, 8, samples, shard_samples),
+        keys=keys,
+        labels=[index % 3 for index in range(samples)],
+        class_names=["a", "b", "c"],
+        provenance={"note": "made by the tests"},
+    )
+
+
+def fill_shard(cache: Cache, shard: int, bad: tuple[int, ...] = ()):
+    numbers = cache.shard_samples(shard)
+    embeddings = teacher_like(cache.samples)[numbers.start : numbers.stop]
+    keys = cache.listing["key"].to_pylist()[numbers.start : numbers.stop]
+    jpegs = [None if index in bad else f"jpeg of {key}".encode() * 5 for index, key in enumerate(keys)]
+    return write_shard(cache, shard, embeddings, make_samples(keys, bad), jpegs)
+
+
+def full_cache(path: Path, **changes: object) -> Cache:
+    cache = new_cache(path, **changes)  # type: ignore[arg-type]
+    for shard in range(cache.shards):
+        fill_shard(cache, shard, bad=(3,) if shard == 1 else ())
+    seal_cache(cache)
+    return cache
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    """40 samples in three sealed shards, one of them failed; 24 channels on an 8 x 8 grid."""
+    return full_cache(tmp_path / "cache.zarr")
