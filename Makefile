@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-slow lint bench bench-gpu clean-demo
+.PHONY: demo test test-slow lint
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -24,7 +24,12 @@ def register(app: typer.Typer) -> None:
 def train(
     student: Annotated[str, typer.Option(help="vit_t, vit_s or vit_b.")] = "vit_s",
     cache: Annotated[Path, typer.Option(envvar="SAMI_CACHE", help="The cache to train from.")] = Path("cache.zarr"),
-    run: Annotated[Path | None, typer.Option(help="Where the run is written. Default: runs/STUDENT.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run", "--run-dir", help="Where the run is written; torchrun takes --run for its own. Default: runs/STUDENT."
+        ),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(envvar="SAMI_DATA", help="The images, for caches without them and for training without a cache."),
@@ -122,7 +127,7 @@ def train(
         counts, step = prepared.settings["samples"], prepared.train
         typer.echo(
             f"{run}: {student}, target {target}{' (teacher online)' if teacher_online else ''}, {counts['train']} samples to "
-            f"train on, {counts['held_out']} held out; {step.steps} steps of {step.batch_size} ({step.accumulate} micro-batches), "
+            f"train on, {counts['held_out']} held out; {step.steps} steps of {step.batch_size} in {step.accumulate} micro-batches, "
             f"lr {step.lr:.3g}, {step.warmup_steps} to warm up",
             err=True,
         )

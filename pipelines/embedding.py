@@ -165,7 +165,7 @@ class Embedder:
         valid = torch.full((self.batch_size, 2), size / stride, device=self.device)
         for index, item in enumerate(prepared):
             if item.pixels is not None:
-                pixels = torch.from_numpy(np.ascontiguousarray(item.pixels)).to(self.device).permute(2, 0, 1)
+                pixels = torch.from_numpy(item.pixels).to(self.device).permute(2, 0, 1)
                 height, width = pixels.shape[1:]
                 batch[index, :, :height, :width] = self.teacher.normalise(pixels)
                 valid[index] = torch.tensor([height / stride, width / stride])

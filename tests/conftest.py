@@ -1,9 +1,11 @@
 """Things several test files share: embeddings that behave like a teacher's, and a small cache made of them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from children import make_spawn
 
 from sami_cache.store.cache import Cache, choose_layout, create_cache
 from sami_cache.store.codecs import fit_codec
@@ -49,15 +51,24 @@ def make_samples(keys: list[str], bad: tuple[int, ...] = ()) -> list[Sample]:
     ]
 
 
-def new_cache(path: Path, samples: int = 40, shard_samples: int = 16, codec: str = "pca", **changes: object) -> Cache:
+def new_cache(
+    path: Path,
+    samples: int = 40,
+    shard_samples: int = 16,
+    codec: str = "pca",
+    error: float = 0.01,
+    chunk_samples: int | None = None,
+    **changes: object,
+) -> Cache:
     embeddings = teacher_like(samples)
-    fitted = fit_codec(codec, embeddings)
+    fitted = fit_codec(codec, embeddings, error=error)
+    layout = choose_layout(fitted, 8, samples, shard_samples)
     keys = [f"class/{index:04d}.jpg" for index in range(samples)]
     return create_cache(
         path,
         identity=make_identity(codec={"name": codec, "error": fitted.error}, **changes),
         codec=fitted,
-        layout=choose_layout(fitted, 8, samples, shard_samples),
+        layout=replace(layout, chunk_samples=chunk_samples or layout.chunk_samples),
         keys=keys,
         labels=[index % 3 for index in range(samples)],
         class_names=["a", "b", "c"],
@@ -85,3 +96,9 @@ def full_cache(path: Path, **changes: object) -> Cache:
 def cache(tmp_path: Path) -> Cache:
     """40 samples in three sealed shards, one of them failed; 24 channels on an 8 x 8 grid."""
     return full_cache(tmp_path / "cache.zarr")
+
+
+@pytest.fixture(scope="session")
+def spawn():
+    """Start the command line in a child process: `spawn("extract", "--teacher", ...)`."""
+    return make_spawn()

@@ -62,8 +62,8 @@ def crop_image(image: Image.Image, view: View, size: int, *, interpolation: str 
     """The view of `image` as uint8 [size, size, 3], resized with antialias (`interpolation`: bilinear or bicubic)."""
     x0, y0, x1, y1 = view.box
     box = (x0 * image.width, y0 * image.height, x1 * image.width, y1 * image.height)
-    pixels = np.asarray(image.resize((size, size), RESAMPLING[interpolation], box=box))
-    return pixels[:, ::-1] if view.flip else pixels
+    pixels = np.array(image.resize((size, size), RESAMPLING[interpolation], box=box))
+    return np.ascontiguousarray(pixels[:, ::-1]) if view.flip else pixels
 
 
 def letterbox(image: Image.Image, size: int, *, interpolation: str = "bilinear") -> np.ndarray:
@@ -73,7 +73,7 @@ def letterbox(image: Image.Image, size: int, *, interpolation: str = "bilinear")
     """
     scale = size / max(image.width, image.height)
     width, height = (max(1, int(side * scale + 0.5)) for side in (image.width, image.height))
-    return np.asarray(image.resize((width, height), RESAMPLING[interpolation]))
+    return np.array(image.resize((width, height), RESAMPLING[interpolation]))
 
 
 def resample_weights(start: Tensor, stop: Tensor, size_in: int, size_out: int, cells: Tensor | None = None) -> Tensor:

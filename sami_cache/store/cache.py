@@ -3,12 +3,10 @@
 Opening, creating, and reading; `writing.py` commits shards and seals.
 """
 
-import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from functools import cached_property, lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -20,19 +18,39 @@ import pyarrow.parquet as pq
 
 from sami_cache.errors import DamageError, IdentityError, SamiCacheError
 from sami_cache.store.codecs import Codec
-from sami_cache.store.commits import Record, Sample, parse_record
-from sami_cache.store.files import canonical_json, digest, fsync_directory, is_sealed, parse_sealed_json, seal, write_durably
-from sami_cache.store.shards import ShardFile, ShardLayout, array_metadata, crc32c
+from sami_cache.store.commits import TABLE_SCHEMA, FileEntry, Record, parse_record, samples_table
+from sami_cache.store.files import (
+    as_damage,
+    canonical_json,
+    digest,
+    disk_full_as_error,
+    fsync_directory,
+    open_to_read,
+    parse_sealed_json,
+    read_file,
+    reading,
+    seal,
+    write_durably,
+)
+from sami_cache.store.head import (
+    CODEC_ARRAYS,
+    ESSENCE,
+    FORMAT,
+    array_file,
+    codec_shapes,
+    group_metadata,
+    metadata_files,
+    read_attributes,
+)
+from sami_cache.store.shards import ShardFile, ShardLayout, crc32c
 
-FORMAT = 1
-TARGET_SHARD_BYTES = 26_000_000
+TARGET_SHARD_BYTES = 34_000_000
 TARGET_CHUNK_BYTES = 820_000
-_CODEC_ARRAYS = {"basis": ("kept", "channel"), "mean": ("channel",), "step": ("kept",)}
-_FLOAT32_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+MAX_SHARDS = 1 << 20
 
 
 def choose_layout(codec: Codec, grid: int, samples: int, shard_samples: int | None = None) -> ShardLayout:
-    """The layout for `samples` samples: shards of about 26 MB before compression, chunks of about 0.8 MB.
+    """The layout for `samples` samples: shards of 17 to 34 MB before compression, chunks of about 0.8 MB.
 
     512 and 16 samples at 50 KB, 32 and 1 at 1 MB. Small sets get smaller shards, eight at least where that leaves 16 samples
     each, so that an interruption costs little and shuffling has shards to choose from.
@@ -45,8 +63,14 @@ def choose_layout(codec: Codec, grid: int, samples: int, shard_samples: int | No
     shape = (codec.kept, grid, grid)
     size = int(np.prod(shape)) * np.dtype(codec.dtype).itemsize
     chunk = min(_power_of_two(TARGET_CHUNK_BYTES / size), 64)
-    chosen = shard_samples or min(_power_of_two(TARGET_SHARD_BYTES / size), max(16, _power_of_two(samples / 8)))
-    return ShardLayout(sample_shape=shape, dtype=codec.dtype, shard_samples=chosen, chunk_samples=min(chunk, chosen))
+    chosen = shard_samples or min(_power_of_two(TARGET_SHARD_BYTES / size), max(16, _power_of_two(samples / 8)), 4096)
+    try:
+        layout = ShardLayout(sample_shape=shape, dtype=codec.dtype, shard_samples=chosen, chunk_samples=min(chunk, chosen))
+    except ValueError as error:
+        raise SamiCacheError(f"--shard-samples {chosen}: {error}.") from error
+    if samples > MAX_SHARDS * chosen:
+        raise SamiCacheError(f"--shard-samples {chosen}: more than {MAX_SHARDS} shards for {samples} samples; choose more.")
+    return layout
 
 
 def _power_of_two(value: float) -> int:
@@ -72,33 +96,34 @@ class Cache:
         """Open `path`. Raises SamiCacheError where there is no cache, DamageError where its head is not what was written."""
         self.path = Path(path)
         self.attributes = read_attributes(self.path)
-        layout = self.attributes["layout"]
-        parameters = self.attributes["codec"]
-        self.samples: int = self.attributes["samples"]
-        self.identity: dict[str, Any] = self.attributes["identity"]
-        self.cache_id: str = self.attributes["cache_id"]
-        self.grid: int = self.identity["grid"]
-        self.layout = ShardLayout(
-            sample_shape=(parameters["kept"], self.grid, self.grid),
-            dtype=parameters["dtype"],
-            shard_samples=layout["shard_samples"],
-            chunk_samples=layout["chunk_samples"],
-        )
+        with as_damage(self.path / "zarr.json", "not the head of a cache"):
+            layout, codec = self.attributes["layout"], self.attributes["codec"]
+            self.samples: int = self.attributes["samples"]
+            self.identity: dict[str, Any] = self.attributes["identity"]
+            self.cache_id: str = self.attributes["cache_id"]
+            self.grid: int = self.identity["grid"]
+            self.layout = ShardLayout(
+                sample_shape=(codec["kept"], self.grid, self.grid),
+                dtype=codec["dtype"],
+                shard_samples=layout["shard_samples"],
+                chunk_samples=layout["chunk_samples"],
+            )
+            self.has_images: bool = self.identity["images"] is not None
+            self.views: int = self.identity["view"].get("views", 0)
+            """Views per image: 0 for a dense cache."""
+            self.files = {name: FileEntry(**entry) for name, entry in self.attributes["files"].items()}
+            names = {*self.metadata_files(), *(array_file(name) for name in CODEC_ARRAYS), "listing.parquet"}
+            possible = 0 < self.samples <= MAX_SHARDS * self.layout.shard_samples and self.samples % max(1, self.views) == 0
+            if not possible or self.files.keys() != names:
+                raise ValueError(f"{self.samples} samples, {self.views} views, files {sorted(self.files)}")
+            if self.cache_id != digest(canonical_json({name: self.attributes[name] for name in ESSENCE})):
+                raise ValueError(f"cache_id {self.cache_id}")
         self._process = os.getpid()
         self.record = lru_cache(maxsize=64)(self._read_record)
 
     @property
     def shards(self) -> int:
         return -(-self.samples // self.layout.shard_samples)
-
-    @property
-    def views(self) -> int:
-        """Views per image: 0 for a dense cache."""
-        return self.identity["view"].get("views", 0)
-
-    @property
-    def has_images(self) -> bool:
-        return self.identity["images"] is not None
 
     def shard_samples(self, shard: int) -> range:
         """The sample numbers of a shard."""
@@ -115,55 +140,67 @@ class Cache:
 
     def committed(self) -> list[int]:
         """The shards that have a commit record, in order."""
-        names = (name[:-5] for name in os.listdir(self.path / "commits") if name.endswith(".json"))
-        return sorted(shard for name in names if name.isdecimal() and (shard := int(name)) < self.shards)
+        with reading(self.path / "commits"):
+            names = set(os.listdir(self.path / "commits"))
+        numbers = (int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
+        return sorted(shard for shard in numbers if shard < self.shards and self.record_path(shard).name in names)
+
+    def metadata_files(self) -> dict[str, bytes]:
+        """The zarr.json of every array, by path relative to the cache: they follow from the head."""
+        codec = self.attributes["codec"]
+        return metadata_files(self.layout, self.samples, codec["kept"], codec["channels"])
 
     @cached_property
     def codec(self) -> Codec:
         """The fitted codec. Raises DamageError if its arrays are not the ones the cache was made with."""
-        parameters = self.attributes["codec"]
-        shapes = _codec_shapes(parameters["kept"], parameters["channels"])
+        codec = self.attributes["codec"]
+        shapes = codec_shapes(codec["kept"], codec["channels"])
         arrays = {}
-        for name in _CODEC_ARRAYS:
-            data = self.read_static(f"{name}/{'.'.join('0' for _ in shapes[name])}")
-            arrays[name] = np.frombuffer(data[:-4], "<f4").reshape(shapes[name]).astype(np.float32)
-        return Codec(
-            name=parameters["name"],
-            error=parameters["error"],
-            dtype=parameters["dtype"],
-            variance=parameters["variance"],
-            spectrum=tuple(parameters["spectrum"]),
-            fit_samples=parameters["fit_samples"],
-            **arrays,
-        )
+        for name, shape in shapes.items():
+            data = self.read_static(array_file(name))[:-4]
+            with as_damage(self.path / name, "is not the array that the head names"):
+                if digest(data) != codec["arrays"][name]:
+                    raise ValueError(digest(data))
+                arrays[name] = np.frombuffer(data, "<f4").reshape(shape).astype(np.float32)
+        with as_damage(self.path / "zarr.json", "codec"):
+            return Codec(
+                name=codec["name"],
+                error=codec["error"],
+                dtype=codec["dtype"],
+                variance=float(codec["variance"]),
+                spectrum=tuple(codec["spectrum"]),
+                fit_samples=codec["fit_samples"],
+                **arrays,
+            )
 
     def read_static(self, name: str) -> bytes:
-        """One of the files written at creation, checked against the digest in the head."""
-        entry, path = self.attributes["files"][name], self.path / name
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            raise DamageError(f"{path}: missing") from None
-        if len(data) != entry["size"] or digest(data) != entry["blake3"]:
-            raise DamageError(f"{path}: its {len(data)} bytes are not the {entry['size']} the cache was made with")
+        """One of the files written at creation, checked against the digest in the head. Raises DamageError."""
+        return self._read_checked(name, self.files[name], "the cache was made with")
+
+    def _read_checked(self, name: str, entry: FileEntry, whose: str) -> bytes:
+        path = self.path / name
+        data = read_file(path, at_most=max(entry.size, 1 << 26))
+        if len(data) != entry.size or digest(data) != entry.blake3:
+            raise DamageError(f"{path}: its {len(data)} bytes are not the {entry.size} {whose}")
         return data
 
     @cached_property
     def listing(self) -> pa.Table:
-        """The images, in order: columns key (string) and label (int64 or null)."""
-        return pq.read_table(BytesIO(self.read_static("listing.parquet")))
+        """The images, in order: columns key (string) and label (int64 or null). Raises DamageError."""
+        path = self.path / "listing.parquet"
+        table = _read_parquet(path, self.read_static(path.name), self.samples // max(1, self.views))
+        with as_damage(path, "not a listing"):
+            found = listing_digest(table["key"].to_pylist(), table["label"].to_pylist())
+        if found != self.attributes["listing"]:
+            raise DamageError(f"{path}: is not the listing that the head names")
+        return table
 
     def _read_record(self, shard: int) -> Record:
         path = self.record_path(shard)
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            raise DamageError(
-                f"{path}: missing. Shard {shard} was never committed, or its record is lost; the same `sami-cache extract` "
-                "command extracts it."
-            ) from None
-        record = parse_record(data, path, cache_id=self.cache_id, shard=shard)
-        if sorted(record.files) != sorted(self.shard_files(shard)) or len(record.samples) != len(self.shard_samples(shard)):
+        record = parse_record(read_file(path), path, cache_id=self.cache_id, shard=shard)
+        count = len(self.shard_samples(shard))
+        shape = (sorted(record.files), len(record.samples), len(record.chunk_crc32c))
+        if shape != (sorted(self.shard_files(shard)), count, -(-count // self.layout.chunk_samples)):
             raise DamageError(f"{path}: does not describe shard {shard} of this cache")
         return record
 
@@ -193,10 +230,7 @@ class Cache:
         record, (_, name) = self.record(shard), self.shard_files(shard)
         path = self.path / name
         jpegs: list[bytes | None] = []
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise DamageError(f"{path}: missing. `sami-cache verify --repair` extracts it again.") from None
+        descriptor = open_to_read(path)
         try:
             for index in range(len(record.samples)) if indices is None else indices:
                 sample = record.samples[index]
@@ -204,7 +238,8 @@ class Cache:
                     jpegs.append(None)
                     continue
                 offset, size, checksum = sample.jpeg
-                data = os.pread(descriptor, size, offset)
+                with reading(path):
+                    data = os.pread(descriptor, size, offset)
                 if len(data) != size or crc32c(data) != checksum:
                     raise DamageError(f"{path}: the image of {sample.key!r} does not match its crc32c")
                 jpegs.append(data)
@@ -220,26 +255,33 @@ class Cache:
     def root(self) -> dict[str, Any] | None:
         """What ROOT.json holds, None if the cache is not sealed. Raises DamageError."""
         path = self.path / "ROOT.json"
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
-        value = parse_sealed_json(path.read_bytes(), path)
+        value = parse_sealed_json(read_file(path), path)
         if value.get("cache_id") != self.cache_id:
             raise DamageError(f"{path}: is the root of another cache ({value.get('cache_id')})")
+        with as_damage(path, "not the root of a cache"):
+            FileEntry(**value["manifest"])
+            if not all(isinstance(value[name], int) for name in ("shards", "samples", "ok", "failed")):
+                raise TypeError("counts")
+            if not all(len(bytes.fromhex(value[name])) == 32 for name in ("root", "content_root")):
+                raise ValueError("roots")
         return value
 
+    def manifest(self, root: dict[str, Any]) -> pa.Table:
+        """The table that ROOT.json names. Raises DamageError."""
+        data = self._read_checked("manifest.parquet", FileEntry(**root["manifest"]), "that ROOT.json names")
+        table = _read_parquet(self.path / "manifest.parquet", data, self.samples)
+        if not table.schema.equals(TABLE_SCHEMA):
+            raise DamageError(f"{self.path / 'manifest.parquet'}: has other columns than a manifest")
+        return table
+
     def table(self) -> pa.Table:
-        """One row a sample, columns `shard` and those of a record's samples: the manifest, or the records when unsealed."""
+        """One row a sample, columns `shard`, `record` and those of `Sample`: the manifest, or the records when unsealed."""
         root = self.root()
-        if root is None:
-            return samples_table([(record.shard, record.samples) for record in self.records()])
-        path = self.path / "manifest.parquet"
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            raise DamageError(f"{path}: missing") from None
-        if digest(data) != root["manifest"]["blake3"]:
-            raise DamageError(f"{path}: is not the manifest that ROOT.json names")
-        return pq.read_table(BytesIO(data))
+        if root is not None:
+            return self.manifest(root)
+        return pa.concat_tables([TABLE_SCHEMA.empty_table(), *(samples_table(record) for record in self.records())])
 
     def check_identity(self, asked: dict[str, Any]) -> None:
         """Raise IdentityError, listing the fields that differ, unless `asked` is what the cache was made with."""
@@ -259,51 +301,16 @@ class Cache:
             )
 
 
-_TYPES = {"label": pa.int64(), "width": pa.int32(), "height": pa.int32(), "codes_crc32c": pa.int64(), "clipped": pa.int64()}
-_TYPES |= {"error": pa.float64(), "energy": pa.float64(), "view": pa.list_(pa.float64()), "jpeg": pa.list_(pa.int64())}
-
-
-def samples_table(shards: Sequence[tuple[int, list[Sample]]]) -> pa.Table:
-    """The samples of the given shards as one table."""
-    columns: dict[str, pa.Array] = {"shard": pa.array([shard for shard, rows in shards for _ in rows], pa.int32())}
-    for field in fields(Sample):
-        values = [getattr(row, field.name) for _, rows in shards for row in rows]
-        columns[field.name] = pa.array(values, _TYPES.get(field.name, pa.string()))
-    return pa.table(columns)
-
-
-def read_attributes(path: Path) -> dict[str, Any]:
-    """The head of the cache at `path`, checked. Raises SamiCacheError if there is none, DamageError if it is damaged."""
-    head = path / "zarr.json"
+def _read_parquet(path: Path, data: bytes, rows: int) -> pa.Table:
+    """The table in `data`, which must have `rows` rows: a small file can claim any number of them."""
     try:
-        data = head.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise SamiCacheError(
-            f"{path}: there is no cache here (no zarr.json). `sami-cache extract --cache {path}` makes one; the default is "
-            "`cache.zarr` or $SAMI_CACHE."
-        ) from None
-    try:
-        value = json.loads(data)
-        attributes = value["attributes"]["sami_cache"]
-        intact = is_sealed(attributes) and canonical_json(_group_metadata(attributes)) == data
-    except (ValueError, KeyError, TypeError, RecursionError):
-        intact, attributes = False, {}
-    if not intact:
-        raise DamageError(f"{head}: its content does not match the digest it carries; it is damaged or not a sami-cache.")
-    if attributes["format"] != FORMAT:
-        raise SamiCacheError(
-            f"{head}: format {attributes['format']}, this program reads format {FORMAT}. Use a newer sami-cache for it."
-        )
-    return attributes
-
-
-def _group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {"zarr_format": 3, "node_type": "group", "attributes": {"sami_cache": attributes}}
-
-
-def _codec_shapes(kept: int, channels: int) -> dict[str, tuple[int, ...]]:
-    sizes = {"kept": kept, "channel": channels}
-    return {name: tuple(sizes[axis] for axis in axes) for name, axes in _CODEC_ARRAYS.items()}
+        file = pq.ParquetFile(BytesIO(data))
+        if file.metadata.num_rows == rows:
+            return file.read()
+        what = f"{file.metadata.num_rows} rows, expected {rows}"
+    except (pa.ArrowException, OSError) as error:
+        what = f"not a Parquet file ({error})"
+    raise DamageError(f"{path}: {what}")
 
 
 def listing_digest(keys: Sequence[str], labels: Sequence[int | None]) -> str:
@@ -331,25 +338,19 @@ def create_cache(
 
     Raises IdentityError if a cache of another identity is there, SamiCacheError if something else is.
     """
-    files: dict[str, bytes] = {}
     samples = len(keys) * identity["view"].get("views", 1)
-    files["codes/zarr.json"] = canonical_json(layout.metadata(samples))
-    for name, shape in _codec_shapes(codec.kept, codec.channels).items():
-        values = np.ascontiguousarray(getattr(codec, name), "<f4").tobytes()
-        files[f"{name}/zarr.json"] = canonical_json(
-            array_metadata(shape, "float32", shape, _FLOAT32_CODECS, _CODEC_ARRAYS[name])
-        )
-        files[f"{name}/{'.'.join('0' for _ in shape)}"] = values + crc32c(values).to_bytes(4, "little")
+    files = metadata_files(layout, samples, codec.kept, codec.channels)
+    arrays = {name: np.ascontiguousarray(getattr(codec, name), "<f4").tobytes() for name in CODEC_ARRAYS}
+    files |= {array_file(name): data + crc32c(data).to_bytes(4, "little") for name, data in arrays.items()}
     sink = BytesIO()
     pq.write_table(
         pa.table({"key": pa.array(keys, pa.string()), "label": pa.array(labels, pa.int64())}), sink, compression="zstd"
     )
     files["listing.parquet"] = sink.getvalue()
-    arrays = {name: digest(np.ascontiguousarray(getattr(codec, name), "<f4").tobytes()) for name in _CODEC_ARRAYS}
     essence = {
         "format": FORMAT,
         "identity": identity,
-        "codec": {**codec.parameters(), "arrays": arrays},
+        "codec": {**codec.parameters(), "arrays": {name: digest(data) for name, data in arrays.items()}},
         "layout": {"shard_samples": layout.shard_samples, "chunk_samples": layout.chunk_samples},
         "samples": samples,
         "listing": listing_digest(keys, labels),
@@ -361,7 +362,7 @@ def create_cache(
         "files": {name: {"size": len(data), "blake3": digest(data)} for name, data in files.items()},
         "provenance": provenance,
     }
-    files["zarr.json"] = canonical_json(_group_metadata(seal(attributes)))
+    files["zarr.json"] = canonical_json(group_metadata(seal(attributes)))
     _publish_directory(path, files)
     cache = Cache(path)
     cache.check_identity(identity)
@@ -370,16 +371,18 @@ def create_cache(
 
 def _publish_directory(path: Path, files: dict[str, bytes]) -> None:
     """Make the folder `path` with these files in one step, unless a cache is there already."""
+    new = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     building = path.parent / f".{path.name}.{secrets.token_hex(8)}"
     folders = {(building / name).parent for name in files} | {building / name for name in ("commits", "images", "tmp")}
     try:
-        for folder in sorted(folders | {building}):
-            folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            write_durably(building / name, data)
-        for folder in sorted(folders | {building}, reverse=True):
-            fsync_directory(folder)
+        with disk_full_as_error(path.parent, "making the cache"):
+            for folder in sorted(folders | {building}):
+                folder.mkdir(parents=True, exist_ok=True)
+            for name, data in files.items():
+                write_durably(building / name, data)
+            for folder in sorted(folders | {building}, reverse=True):
+                fsync_directory(folder)
         try:
             os.rename(building, path)
         except OSError as error:
@@ -387,6 +390,7 @@ def _publish_directory(path: Path, files: dict[str, bytes]) -> None:
                 raise SamiCacheError(
                     f"{path}: exists and is not a cache ({error.strerror}). Give another --cache, or move it away."
                 ) from error
-        fsync_directory(path.parent)
+        for folder in (path.parent, *(folder.parent for folder in new)):
+            fsync_directory(folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)

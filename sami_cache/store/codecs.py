@@ -164,7 +164,8 @@ def _fit_pca(embeddings: np.ndarray, mean: np.ndarray, covariance: np.ndarray, e
     if z.shape[1] > 2**16:  # positions enough to place the step to a fraction of a percent
         z = z[:, np.random.default_rng(0).choice(z.shape[1], 2**16, replace=False)]
     power = np.square(z, dtype=np.float64).mean(1)
-    total = power.sum()
+    # What is lost hardly differs between images, the variance does: it is taken over all of them.
+    total = common["variance"] * len(mean)
 
     def distortion(step: float, limit: float = np.inf) -> tuple[float, np.ndarray]:
         kept = power > step * step / 12

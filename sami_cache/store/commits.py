@@ -6,14 +6,15 @@ write the same records.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from blake3 import blake3
 
 from sami_cache.errors import DamageError
-from sami_cache.store.files import canonical_json, parse_sealed_json, seal
+from sami_cache.store.files import as_damage, canonical_json, parse_sealed_json, seal
 
 OK = "ok"
 
@@ -50,6 +51,11 @@ class FileEntry:
     size: int
     blake3: str
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what is neither a size nor a digest."""
+        if not isinstance(self.size, int) or self.size < 0 or len(bytes.fromhex(self.blake3)) != 32:
+            raise ValueError(f"size {self.size!r}, blake3 {self.blake3!r}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
@@ -67,7 +73,32 @@ class Record:
     """The record's own BLAKE3, set when it is read back."""
 
 
-_COLUMNS = [field.name for field in fields(Sample)]
+# The columns of a record, and with the shard's number and its record's digest in front, of the manifest.
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("label", pa.int64()),
+        ("source", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("view", pa.list_(pa.float64())),
+        ("status", pa.string()),
+        ("codes_crc32c", pa.int64()),
+        ("error", pa.float64()),
+        ("energy", pa.float64()),
+        ("clipped", pa.int64()),
+        ("jpeg", pa.list_(pa.int64())),
+    ]
+)
+TABLE_SCHEMA = pa.schema([("shard", pa.int32()), ("record", pa.string()), *_SCHEMA])
+_COLUMNS = _SCHEMA.names
+
+
+def samples_table(record: Record) -> pa.Table:
+    """The samples of a record: one row each, columns `shard`, `record` (its digest) and those of `Sample`."""
+    count = len(record.samples)
+    columns: dict[str, list[Any]] = {name: [getattr(sample, name) for sample in record.samples] for name in _COLUMNS}
+    return pa.table({"shard": [record.shard] * count, "record": [record.digest] * count, **columns}, schema=TABLE_SCHEMA)
 
 
 def record_bytes(record: Record) -> bytes:
@@ -89,10 +120,10 @@ def parse_record(data: bytes, path: Path | str, *, cache_id: str, shard: int) ->
     for name, expected in (("cache_id", cache_id), ("shard", shard)):
         if value.get(name) != expected:
             raise DamageError(f"{path}: {name} is {value.get(name)!r}, expected {expected!r}. The file belongs elsewhere.")
-    try:
+    with as_damage(path, "not a commit record of this format"):
         columns = value["samples"]
         rows = zip(*(columns[name] for name in _COLUMNS), strict=True)
-        return Record(
+        record = Record(
             cache_id=cache_id,
             shard=shard,
             files={name: FileEntry(**entry) for name, entry in value["files"].items()},
@@ -101,8 +132,46 @@ def parse_record(data: bytes, path: Path | str, *, cache_id: str, shard: int) ->
             samples=[Sample(**dict(zip(_COLUMNS, row, strict=True))) for row in rows],
             digest=value["blake3"],
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamageError(f"{path}: not a commit record of this format ({type(error).__name__}: {error})") from error
+        _check_types(record)
+    return record
+
+
+def _check_types(record: Record) -> None:
+    """Raises for values of another type or out of bounds, wherever they would mislead a reader."""
+    FileEntry(size=0, blake3=record.content)
+    samples_table(record)
+    room = max((entry.size for name, entry in record.files.items() if name.startswith("images/")), default=0)
+    integers = list(record.chunk_crc32c)
+    for sample in record.samples:
+        if not isinstance(sample.key, str) or not isinstance(sample.status, str):
+            raise TypeError("a sample without key or status")
+        if sample.jpeg is not None:
+            offset, size, checksum = sample.jpeg
+            integers += [offset, size, checksum, room - offset - size]
+        if sample.view is not None and len(sample.view) != 5:
+            raise ValueError(f"view {sample.view}")
+    if not all(isinstance(value, int) and value >= 0 for value in integers):
+        raise ValueError("an offset, size or checksum out of bounds")
+
+
+def root_fields(
+    cache_id: str, records: Sequence[tuple[str, str]], samples: int, failed: int, manifest: FileEntry
+) -> dict[str, Any]:
+    """What ROOT.json says of a cache.
+
+    Args:
+        records: (digest, content) of every commit record, in order.
+    """
+    return {
+        "cache_id": cache_id,
+        "root": merkle_root(cache_id, [digest for digest, _ in records]),
+        "content_root": merkle_root(cache_id, [content for _, content in records]),
+        "shards": len(records),
+        "samples": samples,
+        "ok": samples - failed,
+        "failed": failed,
+        "manifest": asdict(manifest),
+    }
 
 
 def merkle_root(cache_id: str, leaves: Sequence[str]) -> str:

@@ -4,15 +4,23 @@ A file is published by writing it under a temporary name, flushing it, and linki
 name is taken, so the first writer wins and nothing is ever overwritten.
 """
 
+import errno
 import json
 import os
 import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
-from sami_cache.errors import DamageError, SamiCacheError
+from sami_cache.errors import DamageError, DiskFullError, SamiCacheError
+
+_DAMAGE = (errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV)
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def digest(data: bytes | bytearray | memoryview) -> str:
@@ -44,6 +52,69 @@ def parse_sealed_json(data: bytes, path: Path | str) -> dict[str, Any]:
     except (ValueError, TypeError, RecursionError):
         pass
     raise DamageError(f"{path}: its content does not match the digest it carries. Run `sami-cache verify` on the cache.")
+
+
+@contextmanager
+def as_damage(path: Path | str, what: str) -> Iterator[None]:
+    """Turn a missing field or a wrong type in what `path` holds into a DamageError.
+
+    A digest proves that a value is the one somebody wrote, not that it makes sense.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DamageError(f"{path}: {what} ({type(error).__name__}: {error})") from error
+
+
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Turn the errors of a file that is gone, is no file, or lies on bad sectors into a DamageError.
+
+    Others (no permission, too many open files) say nothing about the file and pass.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamageError(f"{path}: missing. `sami-cache verify --repair` mends what the images can mend.") from None
+    except OSError as error:
+        if error.errno not in _DAMAGE:
+            raise
+        raise DamageError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def open_to_read(path: Path) -> int:
+    """A descriptor of the regular file `path`. Raises DamageError if there is none."""
+    with reading(path):
+        # Without O_NONBLOCK a FIFO in the place of a file would stop us for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DamageError(f"{path}: is not a regular file")
+    return descriptor
+
+
+def read_file(path: Path, at_most: int = 1 << 26) -> bytes:
+    """The bytes of the regular file `path`. Raises DamageError if there is none, or it holds more than `at_most` bytes."""
+    with os.fdopen(open_to_read(path), "rb", buffering=0) as file, reading(path):
+        size = os.fstat(file.fileno()).st_size
+        if size > at_most:
+            raise DamageError(f"{path}: {size} bytes, at most {at_most} expected")
+        return file.readall()
+
+
+@contextmanager
+def disk_full_as_error(path: Path, doing: str) -> Iterator[None]:
+    """Turn "no space left" into a DiskFullError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(path).free
+        raise DiskFullError(
+            f"{path}: the disk is full ({free / 1e6:.0f} MB free) while {doing}. Make room, then run the same command again: "
+            "it goes on where this one stopped."
+        ) from error
 
 
 def fsync_directory(path: Path) -> None:
@@ -80,29 +151,28 @@ def publish(path: Path, data: bytes | memoryview, staging: Path) -> bool:
         write_durably(temporary, data)
         try:
             os.link(temporary, path)
+            made = True
         except FileExistsError:
-            return False
-        except PermissionError as error:
+            made = False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
             raise SamiCacheError(
                 f"{path}: this file system refuses hard links ({error.strerror}), which the cache needs to commit a file "
                 "in one step. Put the cache on a local file system such as ext4 or xfs."
             ) from error
     finally:
         temporary.unlink(missing_ok=True)
+    # Another's file too: it may be linked and not yet flushed, and a record that names it must not reach the disk first.
     fsync_directory(path.parent)
-    return True
+    return made
 
 
 def move_aside(path: Path, directory: Path) -> Path:
     """Move `path` into `directory` under a name that is free there; returns the new place. Nothing is deleted."""
     directory.mkdir(exist_ok=True)
-    number = 0
-    while True:
-        target = directory / f"{path.parent.name}.{path.name}.{number}"
-        if not target.exists():
-            break
-        number += 1
+    target = directory / f"{path.parent.name}.{path.name}.{secrets.token_hex(4)}"
     os.rename(path, target)
-    fsync_directory(directory)
-    fsync_directory(path.parent)
+    for folder in (directory.parent, directory, path.parent):
+        fsync_directory(folder)
     return target

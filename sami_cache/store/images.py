@@ -4,17 +4,20 @@ Offsets and checksums stand in the commit record, so one image is one `pread` an
 (a cold memory map of the same file is 40 times slower).
 """
 
+from itertools import pairwise
+
 import numpy as np
 import pyarrow as pa
 
 from sami_cache.store.shards import crc32c
 
-SCHEMA = pa.schema([("key", pa.string()), ("source", pa.string()), ("jpeg", pa.binary())])
+SCHEMA = pa.schema([("key", pa.string()), ("source", pa.string()), ("jpeg", pa.binary()), ("crc32c", pa.uint32())])
 
 
 def pack_images(images: dict[str, tuple[str, bytes]]) -> bytes:
     """An Arrow IPC file of {key: (source digest, JPEG)}, one uncompressed record batch, rows in the given order."""
-    columns = [list(images), [source for source, _ in images.values()], [jpeg for _, jpeg in images.values()]]
+    jpegs = [jpeg for _, jpeg in images.values()]
+    columns = [list(images), [source for source, _ in images.values()], jpegs, [crc32c(jpeg) for jpeg in jpegs]]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, SCHEMA) as writer:
@@ -25,7 +28,7 @@ def pack_images(images: dict[str, tuple[str, bytes]]) -> bytes:
 def locate_images(data: bytes) -> dict[str, tuple[str, list[int]]]:
     """Where each JPEG lies in what `pack_images` wrote: {key: (source digest, [offset, size, crc32c])}.
 
-    Raises pyarrow.ArrowInvalid or ValueError for other bytes.
+    Raises pyarrow.ArrowException, ValueError or OSError for other bytes, or where an image does not match its crc32c.
     """
     # Arrow copies what is not aligned, and a copy has no place in the file.
     buffer = pa.allocate_buffer(len(data))
@@ -34,15 +37,16 @@ def locate_images(data: bytes) -> dict[str, tuple[str, list[int]]]:
     if not reader.schema.equals(SCHEMA) or reader.num_record_batches != 1:
         raise ValueError("not an image file of a shard")
     batch = reader.get_batch(0)
+    batch.validate(full=True)
     _, offsets, values = batch.column("jpeg").buffers()
-    if values is None:
+    if batch.num_rows == 0 or values is None:
         return {}
     start = values.address - buffer.address
     bounds = np.frombuffer(offsets, np.int32)[: batch.num_rows + 1].astype(int) + start
     if not 0 <= start <= bounds[0] <= bounds[-1] <= len(data):
         raise ValueError("an image lies outside the file")
+    places = [[int(low), int(high - low), crc32c(data[low:high])] for low, high in pairwise(bounds)]
+    if [checksum for _, _, checksum in places] != batch.column("crc32c").to_pylist():
+        raise ValueError("an image does not match its crc32c")
     keys, sources = batch.column("key").to_pylist(), batch.column("source").to_pylist()
-    return {
-        key: (source, [int(low), int(high - low), crc32c(data[low:high])])
-        for key, source, low, high in zip(keys, sources, bounds[:-1], bounds[1:], strict=True)
-    }
+    return {key: (source, place) for key, source, place in zip(keys, sources, places, strict=True)}

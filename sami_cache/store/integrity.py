@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from blake3 import blake3
 
 from sami_cache.errors import DamageError, SamiCacheError
-from sami_cache.store.cache import Cache, samples_table
-from sami_cache.store.commits import OK, Record, merkle_root
-from sami_cache.store.files import digest
+from sami_cache.store.cache import Cache
+from sami_cache.store.commits import OK, FileEntry, Record, root_fields, samples_table
+from sami_cache.store.files import digest, open_to_read, read_file, reading
 from sami_cache.store.shards import ShardFile, crc32c
 
 LEVELS = ("quick", "default", "deep")
 _NOT_CHECKED = {
-    "quick": "the bytes of codes, images and manifest (only that they are there and how long they are)",
+    "quick": "the bytes of codes and images (only that they are there and how long they are)",
     "default": "whether the codes decode to what their content digests say (--deep)",
 }
 _ALWAYS_OPEN = (
@@ -75,8 +76,10 @@ class Report:
 @dataclass
 class _ShardResult:
     findings: list[Finding]
-    record: Record | None = None
-    content: str | None = None
+    digests: tuple[str, str] | None = None
+    """Of the record, and of the content it states. The record itself would fill the memory, over a whole cache."""
+    failed: int = 0
+    decoded: bool = False
     bytes_read: int = 0
 
 
@@ -96,7 +99,8 @@ def verify_cache(
         expected_root: a root noted elsewhere; without one this finds accidents, not tampering.
         on_progress: called with (shards done, shards, bytes read so far).
 
-    Raises SamiCacheError if there is no cache at `path`. Damage never raises; it is reported.
+    Raises SamiCacheError if there is no cache at `path`, OSError if a file may not be read. Damage never raises; it is
+    reported.
     """
     if level not in LEVELS:
         raise SamiCacheError(f"verification level {level!r} is unknown; choose one of {', '.join(LEVELS)}.")
@@ -104,7 +108,7 @@ def verify_cache(
     report.not_checked = [text for name, text in _NOT_CHECKED.items() if name == level] + list(_ALWAYS_OPEN)
     if expected_root is None:
         report.not_checked.append("whether somebody replaced the whole cache by another consistent one (--root DIGEST)")
-    if not (path / "zarr.json").exists() and (path / "commits").is_dir():
+    if not os.path.lexists(path / "zarr.json") and (path / "commits").is_dir():
         report.findings.append(Finding(path="zarr.json", what="missing; nothing else can be checked without it"))
         return report
     try:
@@ -114,70 +118,99 @@ def verify_cache(
         return report
     report.cache_id, report.shards, report.samples = cache.cache_id, cache.shards, cache.samples
     _check_static(cache, report)
+    root = manifest = None
     try:
         root = cache.root()
+        if root is None:
+            what = "missing: the cache is not sealed. Run the same `sami-cache extract` command to finish it."
+            report.findings.append(Finding(path="ROOT.json", what=what))
+        else:
+            manifest = cache.manifest(root)
+            report.bytes_read += root["manifest"]["size"]
     except DamageError as error:
-        report.findings.append(Finding(path="ROOT.json", what=str(error)))
-        root = None
+        name = "ROOT.json" if root is None else "manifest.parquet"
+        report.findings.append(Finding(path=name, what=_short(error, cache)))
     report.sealed = root is not None
     results: list[_ShardResult] = []
     with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
-        for result in pool.map(lambda shard: _check_shard(cache, shard, level), range(cache.shards)):
+        for result in pool.map(lambda shard: _check_shard(cache, shard, level, manifest), range(cache.shards)):
             results.append(result)
+            report.findings += result.findings
+            report.failed_samples += result.failed
             report.bytes_read += result.bytes_read
             if on_progress:
                 on_progress(len(results), cache.shards, report.bytes_read)
-    for result in results:
-        report.findings += result.findings
-        if result.record:
-            report.failed_samples += sum(sample.status != OK for sample in result.record.samples)
     _check_roots(cache, report, root, results, expected_root)
     _check_strays(cache, report)
     return report
 
 
 def _check_static(cache: Cache, report: Report) -> None:
-    for name in cache.attributes["files"]:
+    """The files written at creation: their bytes, and that they are the ones that the cache_id stands for."""
+    metadata = cache.metadata_files()
+    for name, entry in cache.files.items():
         try:
-            report.bytes_read += len(cache.read_static(name))
+            data = cache.read_static(name)
         except DamageError as error:
             report.findings.append(Finding(path=name, what=_short(error, cache)))
+            continue
+        report.bytes_read += entry.size
+        if metadata.get(name, data) != data:
+            report.findings.append(Finding(path=name, what="is not the metadata that follows from the head"))
+    if not report.findings:
+        try:
+            _ = cache.codec, cache.listing
+        except DamageError as error:
+            report.findings.append(Finding(path="zarr.json", what=str(error)))
 
 
-def _check_shard(cache: Cache, shard: int, level: str) -> _ShardResult:
+def _check_shard(cache: Cache, shard: int, level: str, manifest: pa.Table | None) -> _ShardResult:
+    name = str(cache.record_path(shard).relative_to(cache.path))
     try:
         record = cache._read_record(shard)
     except DamageError as error:
-        name = str(cache.record_path(shard).relative_to(cache.path))
         return _ShardResult([Finding(path=name, what=_short(error, cache), shard=shard)])
-    result = _ShardResult([], record)
+    result = _ShardResult([], (record.digest, record.content), sum(sample.status != OK for sample in record.samples))
+    numbers = cache.shard_samples(shard)
+    rows = manifest and manifest.slice(numbers.start, len(numbers))
+    if rows and not rows.equals(samples_table(record)):
+        if rows["record"].to_pylist() == [record.digest] * len(rows):
+            result.findings.append(Finding(path="manifest.parquet", what=f"does not say what {name} says"))
+        else:
+            result.findings.append(Finding(path=name, what="is not the record that the cache was sealed with", shard=shard))
     for name, entry in record.files.items():
-        path = cache.path / name
-        try:
-            actual = path.stat().st_size
-        except FileNotFoundError:
-            result.findings.append(Finding(path=name, what=f"missing, {entry.size} bytes expected", shard=shard))
-            continue
-        if actual != entry.size:
-            what = f"{actual} bytes, its commit record says {entry.size}"
-            result.findings.append(Finding(path=name, what=what, shard=shard))
-        elif level != "quick":
-            found = digest_file(path)
-            result.bytes_read += actual
-            if found != entry.blake3:
-                keys = _damaged_samples(cache, record, name)
-                what = f"its BLAKE3 is {found[:16]}..., its commit record says {entry.blake3[:16]}..."
-                result.findings.append(Finding(path=name, what=what, shard=shard, samples=keys))
+        what, read = _check_file(cache.path / name, entry, level)
+        result.bytes_read += read
+        if what:
+            keys = _damaged_samples(cache, record, name)
+            result.findings.append(Finding(path=name, what=what, shard=shard, samples=keys))
     if level == "deep" and not result.findings:
         _check_content(cache, record, result)
     return result
 
 
+def _check_file(path: Path, entry: FileEntry, level: str) -> tuple[str | None, int]:
+    """What is wrong with a file of a shard, and how many of its bytes were read to say so."""
+    try:
+        with reading(path):
+            size = path.stat().st_size
+        if size != entry.size:
+            return f"{size} bytes, its commit record says {entry.size}", 0
+        if level == "quick":
+            return None, 0
+        found = digest_file(path)
+    except DamageError as error:
+        return str(error).partition(": ")[2], 0
+    if found != entry.blake3:
+        return f"its BLAKE3 is {found[:16]}..., its commit record says {entry.blake3[:16]}...", size
+    return None, size
+
+
 def digest_file(path: Path, block: int = 1 << 22) -> str:
-    """BLAKE3 of a file, read once from front to back."""
+    """BLAKE3 of a file, read once from front to back. Raises DamageError where it cannot be read."""
     hasher, buffer = blake3(), bytearray(block)
     view = memoryview(buffer)
-    with open(path, "rb", buffering=0) as file:
+    with os.fdopen(open_to_read(path), "rb", buffering=0) as file, reading(path):
         while count := file.readinto(buffer):
             hasher.update(view[:count])
     return hasher.hexdigest()
@@ -185,25 +218,28 @@ def digest_file(path: Path, block: int = 1 << 22) -> str:
 
 def _damaged_samples(cache: Cache, record: Record, name: str) -> list[str]:
     """The keys of the samples whose bytes in file `name` are not the committed ones."""
+    path, keys = cache.path / name, []
     if not name.startswith("codes/"):
-        keys = []
-        data = (cache.path / name).read_bytes()
+        try:
+            data = read_file(path, at_most=2 * record.files[name].size + 1)
+        except DamageError:
+            data = b""
         for sample in record.samples:
             if sample.jpeg and crc32c(data[sample.jpeg[0] : sum(sample.jpeg[:2])]) != sample.jpeg[2]:
                 keys.append(sample.key)
         return list(dict.fromkeys(keys))
     out = np.empty(cache.layout.chunk_shape, cache.layout.stored_dtype)
-    step, keys = cache.layout.chunk_samples, []
+    step = cache.layout.chunk_samples
     try:
-        with ShardFile(cache.path / name, cache.layout, record.files[name].size, record.chunk_crc32c) as file:
+        with ShardFile(path, cache.layout, record.files[name].size, record.chunk_crc32c) as file:
             for chunk in range(len(record.chunk_crc32c)):
                 try:
                     file.read_chunk(chunk, out)
                 except DamageError:
                     keys += [sample.key for sample in record.samples[chunk * step : (chunk + 1) * step]]
-    except DamageError:  # the index itself: no chunk can be found
+    except DamageError:  # the whole file or its index: no chunk can be found
         keys = [sample.key for sample in record.samples]
-    return keys
+    return list(dict.fromkeys(keys))
 
 
 def _check_content(cache: Cache, record: Record, result: _ShardResult) -> None:
@@ -216,9 +252,9 @@ def _check_content(cache: Cache, record: Record, result: _ShardResult) -> None:
         codes = cache.read_codes(record.shard)
     except DamageError as error:
         return finding(_short(error, cache), [])
-    result.content = digest(codes.data)
-    if result.content != record.content:
-        finding(f"its content is {result.content[:16]}..., its commit record says {record.content[:16]}...", [])
+    content = digest(codes.data.cast("B"))
+    if content != record.content:
+        finding(f"its content is {content[:16]}..., its commit record says {record.content[:16]}...", [])
     if codes.dtype.kind == "f" and not np.isfinite(codes).all():
         bad = ~np.isfinite(codes).all(axis=(1, 2, 3))
         finding("holds NaN or infinity", [record.samples[index].key for index in np.flatnonzero(bad)])
@@ -229,60 +265,36 @@ def _check_content(cache: Cache, record: Record, result: _ShardResult) -> None:
     ]
     if wrong:
         finding("the codes of samples are not the committed ones", wrong)
+    result.decoded = not result.findings
     return None
 
 
 def _check_roots(
     cache: Cache, report: Report, root: dict[str, Any] | None, results: list[_ShardResult], expected_root: str | None
 ) -> None:
-    records = [result.record for result in results if result.record]
+    records = [result.digests for result in results if result.digests]
     if len(records) == cache.shards:
-        report.root = merkle_root(cache.cache_id, [record.digest for record in records])
-        if all(result.content for result in results):
-            report.content_root = merkle_root(cache.cache_id, [result.content or "" for result in results])
-    if root is None:
-        what = "missing: the cache is not sealed. Run the same `sami-cache extract` command to finish it."
-        if not any(finding.path == "ROOT.json" for finding in report.findings):
-            report.findings.append(Finding(path="ROOT.json", what=what))
-    else:
-        for name, found in (("root", report.root), ("content_root", report.content_root)):
-            if found and found != root[name]:
-                what = f"{name} of the commit records is {found[:16]}..., ROOT.json says {root[name][:16]}..."
-                report.findings.append(Finding(path="ROOT.json", what=what))
-        _check_manifest(cache, report, root, records)
+        nothing = FileEntry(size=0, blake3=cache.cache_id)
+        found = root_fields(cache.cache_id, records, cache.samples, report.failed_samples, nothing)
+        report.root = found["root"]
+        if all(result.decoded for result in results):
+            report.content_root = found["content_root"]
+        replaced = any(finding.path.startswith("commits/") for finding in report.findings)
+        wrong = [name for name in found if name != "manifest" and root and found[name] != root[name]]
+        if root and wrong and not replaced:
+            what = ", ".join(f"{name} {found[name]}, ROOT.json says {root[name]}" for name in wrong)
+            report.findings.append(Finding(path="ROOT.json", what=f"the commit records have {what}"))
     if expected_root and report.root != expected_root:
         what = f"the cache's root is {report.root}, you expect {expected_root}"
         report.findings.append(Finding(path="ROOT.json", what=what))
 
 
-def _check_manifest(cache: Cache, report: Report, root: dict[str, Any], records: list[Record]) -> None:
-    path, entry = cache.path / "manifest.parquet", root["manifest"]
-
-    def finding(what: str) -> None:
-        report.findings.append(Finding(path=path.name, what=what))
-
-    if not path.exists():
-        return finding(f"missing, {entry['size']} bytes expected")
-    size = path.stat().st_size
-    if size != entry["size"]:
-        return finding(f"{size} bytes, ROOT.json says {entry['size']}")
-    if report.level == "quick":
-        return None
-    report.bytes_read += size
-    if digest_file(path) != entry["blake3"]:
-        return finding("its BLAKE3 is not the one in ROOT.json")
-    if report.level == "deep" and len(records) == cache.shards:
-        table = samples_table([(record.shard, record.samples) for record in records])
-        if not cache.table().equals(table):
-            return finding("does not say what the commit records say")
-    return None
-
-
 def _check_strays(cache: Cache, report: Report) -> None:
     """Files that no record names: remains of interrupted writers before sealing, something foreign after."""
     known = {"zarr.json", "ROOT.json", "manifest.parquet", *cache.attributes["files"]}
-    for shard in cache.committed() if not report.sealed else range(cache.shards):
-        known |= {*cache.shard_files(shard), str(cache.record_path(shard).relative_to(cache.path))}
+    for shard in range(cache.shards):
+        if report.sealed or os.path.lexists(cache.record_path(shard)):
+            known |= {*cache.shard_files(shard), str(cache.record_path(shard).relative_to(cache.path))}
     strays = []
     for folder, folders, names in os.walk(cache.path):
         place = Path(folder).relative_to(cache.path)
@@ -294,11 +306,11 @@ def _check_strays(cache: Cache, report: Report) -> None:
         else:
             report.notes.append(f"{name}: not committed; the next `sami-cache extract` uses or replaces it")
     for folder, meaning in (("tmp", "left by interrupted writers"), ("quarantine", "moved aside by repairs")):
-        entries = list(os.scandir(cache.path / folder)) if (cache.path / folder).is_dir() else []
-        if entries:
-            size = sum(entry.stat().st_size for entry in entries)
+        paths = list((cache.path / folder).iterdir()) if (cache.path / folder).is_dir() else []
+        if paths:
+            size = sum(path.lstat().st_size for path in paths if os.path.lexists(path))
             report.notes.append(
-                f"{folder}/: {len(entries)} files, {size / 1e6:.1f} MB, {meaning}; delete them when nothing writes here"
+                f"{folder}/: {len(paths)} files, {size / 1e6:.1f} MB, {meaning}; delete them when nothing writes here"
             )
 
 

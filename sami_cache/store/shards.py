@@ -9,6 +9,7 @@ what it writes nor tells a missing file from zeros, and because one reused decom
 https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/
 """
 
+import math
 import os
 import threading
 from dataclasses import dataclass
@@ -20,7 +21,10 @@ import numpy as np
 import zstandard
 
 from sami_cache.errors import DamageError
+from sami_cache.store.files import open_to_read, reading
 
+MAX_SHARD_SAMPLES = 1 << 15
+MAX_SHARD_BYTES = 1 << 31
 ABSENT = 2**64 - 1
 _local = threading.local()
 
@@ -35,6 +39,23 @@ class ShardLayout:
     """numpy's name of the codes' type: int8, int16 or float16."""
     shard_samples: int
     chunk_samples: int
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for sizes that no cache has, so that no file can make us allocate what it likes."""
+        numbers = (*self.sample_shape, self.shard_samples, self.chunk_samples)
+        if self.dtype not in ("int8", "int16", "float16") or not all(isinstance(n, int) and n > 0 for n in numbers):
+            raise ValueError(f"codes of type {self.dtype!r} and sizes {numbers}")
+        too_many = self.shard_samples > MAX_SHARD_SAMPLES or self.shard_bytes > MAX_SHARD_BYTES
+        if too_many or self.shard_samples % self.chunk_samples:
+            raise ValueError(
+                f"a shard of {self.shard_samples} samples, {self.shard_bytes} bytes: at most {MAX_SHARD_SAMPLES} and "
+                f"{MAX_SHARD_BYTES}, and whole chunks"
+            )
+
+    @property
+    def shard_bytes(self) -> int:
+        """Of the codes of a full shard, before compression."""
+        return math.prod(self.sample_shape) * self.stored_dtype.itemsize * self.shard_samples
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
@@ -177,16 +198,14 @@ class ShardFile:
             size, checksums: of the file and of its chunks, from the commit record.
         """
         self.path, self.layout, self.checksums = path, layout, checksums
-        try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise DamageError(f"{path}: missing. `sami-cache verify --repair` extracts it again.") from None
+        self.descriptor = open_to_read(path)
         try:
             actual = os.fstat(self.descriptor).st_size
             if actual != size:
                 raise DamageError(f"{path}: {actual} bytes, its commit record says {size}")
             data_bytes = size - layout.index_bytes
-            tail = os.pread(self.descriptor, layout.index_bytes, max(0, data_bytes))
+            with reading(path):
+                tail = os.pread(self.descriptor, layout.index_bytes, max(0, data_bytes))
             self.index = parse_index(tail, layout, data_bytes, str(path))
         except BaseException:
             os.close(self.descriptor)
@@ -198,7 +217,8 @@ class ShardFile:
         where = f"{self.path}, chunk {chunk}"
         if offset < 0 or chunk >= len(self.checksums):
             raise DamageError(f"{where}: absent from the shard")
-        packed = os.pread(self.descriptor, count, offset)
+        with reading(where):
+            packed = os.pread(self.descriptor, count, offset)
         if len(packed) != count:
             raise DamageError(f"{where}: {len(packed)} bytes read, the index says {count}")
         unpack_chunk(packed, out, self.checksums[chunk], where)

@@ -4,10 +4,9 @@ One shard is one commit: its files are published, read back and compared, then i
 the record first has committed the shard; a file without a record is not data.
 """
 
-import errno
 import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -17,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sami_cache.errors import DamageError, DiskFullError, SamiCacheError
-from sami_cache.store.cache import Cache, samples_table
-from sami_cache.store.commits import OK, FileEntry, Record, Sample, merkle_root, record_bytes
-from sami_cache.store.files import canonical_json, digest, move_aside, publish, seal
+from sami_cache.errors import DamageError, SamiCacheError
+from sami_cache.store.cache import Cache
+from sami_cache.store.commits import OK, FileEntry, Record, Sample, record_bytes, root_fields, samples_table
+from sami_cache.store.files import canonical_json, digest, disk_full_as_error, move_aside, publish, read_file, seal
 from sami_cache.store.images import locate_images, pack_images
-from sami_cache.store.shards import ShardFile, crc32c, pack_shard
+from sami_cache.store.shards import MAX_SHARD_BYTES, ShardFile, ShardLayout, crc32c, pack_shard, parse_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +33,10 @@ class Commit:
     """False if another writer committed the shard first; `record` is theirs then."""
     same: bool
     """Whether the committed codes are the ones that were to be written."""
+
+
+class _Overtaken(Exception):
+    """Another writer has committed this shard meanwhile."""
 
 
 def write_shard(
@@ -56,35 +59,28 @@ def write_shard(
         raise SamiCacheError(f"shard {shard}: embeddings {embeddings.shape} of {len(samples)} samples, expected {expected}")
     good = np.array([sample.status == OK for sample in samples])
     check_embeddings(embeddings, samples, good)
-    codes = cache.codec.encode(np.where(good[:, None, None, None], embeddings, 0))
-    codes[~good] = 0
+    codes = np.zeros((len(good), *cache.layout.sample_shape), cache.layout.stored_dtype)
+    codes[good] = cache.codec.encode(embeddings[good])
     names = cache.shard_files(shard)
-    try:
+    won, content = False, digest(codes.data.cast("B"))
+    with suppress(_Overtaken), disk_full_as_error(cache.path, f"writing shard {shard}, which was not committed"):
+        _check_not_committed(cache, shard)
         mine, codes, checksums = _publish_codes(cache, shard, embeddings, codes, good)
-        files = {names[0]: mine}
-        jpegs: dict[str, list[int]] = {}
+        files, jpegs = {names[0]: mine}, {}
         if cache.has_images:
-            files[names[1]], jpegs = _publish_images(cache, names[1], samples, images)
-        rows = _complete_samples(cache, embeddings, codes, samples, good, jpegs)
+            files[names[1]], jpegs = _publish_images(cache, shard, samples, images)
+        content = digest(codes.data.cast("B"))
         record = Record(
             cache_id=cache.cache_id,
             shard=shard,
             files=files,
-            content=digest(codes.data),
+            content=content,
             chunk_crc32c=checksums,
-            samples=rows,
+            samples=_complete_samples(cache, embeddings, codes, samples, good, jpegs),
         )
         won = publish(cache.record_path(shard), record_bytes(record), cache.path / "tmp")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        free = shutil.disk_usage(cache.path).free
-        raise DiskFullError(
-            f"{cache.path}: the disk is full ({free / 1e6:.0f} MB free) while writing shard {shard}, which was not committed. "
-            "Make room, then run the same command again: it goes on with this shard."
-        ) from error
     committed = cache.record(shard)
-    return Commit(record=committed, won=won, same=committed.content == record.content)
+    return Commit(record=committed, won=won, same=committed.content == content)
 
 
 def check_embeddings(embeddings: np.ndarray, samples: Sequence[Sample], good: np.ndarray) -> None:
@@ -99,67 +95,89 @@ def check_embeddings(embeddings: np.ndarray, samples: Sequence[Sample], good: np
         )
 
 
+def _check_not_committed(cache: Cache, shard: int) -> None:
+    if os.path.lexists(cache.record_path(shard)):
+        raise _Overtaken
+
+
+def _publish_or_adopt(cache: Cache, shard: int, name: str, data: bytes, adoptable: Callable[[bytes], bool]) -> bytes:
+    """Make the shard's file `name` exist; returns what it holds: `data`, or what was there if that is adoptable.
+
+    A file without a record was left by a writer that died, or belongs to one that is just about to commit. The latter must
+    stay as it is, so a whole one is adopted; anything else makes way.
+    """
+    path, quarantine = cache.path / name, cache.path / "quarantine"
+    while not publish(path, data, cache.path / "tmp"):
+        try:
+            found = read_file(path, at_most=MAX_SHARD_BYTES)
+        except DamageError:  # no file, or one that another writer has moved away just now
+            found = b""
+        if found == data or adoptable(found):
+            return found
+        _check_not_committed(cache, shard)
+        with suppress(FileNotFoundError):
+            moved = move_aside(path, quarantine)
+            try:
+                _check_not_committed(cache, shard)
+            except _Overtaken:
+                # Between the check and the move: what was moved is now part of a commit.
+                with suppress(FileExistsError):
+                    os.link(moved, path)
+                raise
+    return data
+
+
 def _publish_codes(
     cache: Cache, shard: int, embeddings: np.ndarray, codes: np.ndarray, good: np.ndarray
 ) -> tuple[FileEntry, np.ndarray, list[int]]:
-    """Publish the shard file, or adopt the intact one that another writer of the same shard has left."""
-    path = cache.path / cache.shard_files(shard)[0]
+    """Publish or adopt the shard file; returns its size and digest, the codes read back from it, and its chunks' checksums."""
+    name = cache.shard_files(shard)[0]
+    path = cache.path / name
     packed, checksums = pack_shard(codes, cache.layout)
-    if not publish(path, packed, cache.path / "tmp"):
-        # Either a writer died between file and record, or one is just about to commit. Its file must then stay as it is, so
-        # it is adopted if it is whole and holds these embeddings; otherwise it is no shard and makes way.
-        adopted = path.read_bytes()
-        if adopted != packed:
-            found = _whole_shard(cache, shard, path, adopted, embeddings, codes, good)
-            if found is None:
-                move_aside(path, cache.path / "quarantine")
-                return _publish_codes(cache, shard, embeddings, codes, good)
-            (codes, checksums), packed = found, adopted
-    with ShardFile(path, cache.layout, len(packed), checksums) as file:
-        if not np.array_equal(file.read(len(codes)), codes):
-            raise DamageError(
-                f"{path}: read back, it does not hold the codes that were written. Check the disk and the memory."
-            )
-    return FileEntry(size=len(packed), blake3=digest(packed)), codes, checksums
+
+    def read(data: bytes) -> tuple[np.ndarray, list[int]]:
+        stated = checksums if data == packed else _chunk_checksums(data, cache.layout, len(checksums), path)
+        with ShardFile(path, cache.layout, len(data), stated) as file:
+            return file.read(len(codes)), stated
+
+    def adoptable(data: bytes) -> bool:
+        try:
+            found, _ = read(data)
+        except DamageError:
+            return False
+        ours, _ = cache.codec.distortion(embeddings[good], codes[good])
+        theirs, _ = cache.codec.distortion(embeddings[good], found[good])
+        # Another device or batch size moves a few codes by one; another image or teacher does not come near.
+        return bool(np.all(theirs <= 2 * ours + 1e-3)) and not found[~good].any()
+
+    data = _publish_or_adopt(cache, shard, name, packed, adoptable)
+    stored, checksums = read(data)
+    if data == packed and not np.array_equal(stored, codes):
+        raise DamageError(f"{path}: read back, it does not hold the codes that were written. Check the disk and the memory.")
+    return FileEntry(size=len(data), blake3=digest(data)), stored, checksums
 
 
-def _whole_shard(
-    cache: Cache, shard: int, path: Path, data: bytes, embeddings: np.ndarray, codes: np.ndarray, good: np.ndarray
-) -> tuple[np.ndarray, list[int]] | None:
-    """The codes and chunk checksums of a shard file that has no record, if it is intact and holds these embeddings."""
-    count = -(-len(codes) // cache.layout.chunk_samples)
-    try:
-        with ShardFile(path, cache.layout, len(data), [0] * count) as file:
-            spans = [(int(offset), int(size)) for offset, size in file.index[:count]]
-            file.checksums = [crc32c(data[offset : offset + size - 4]) for offset, size in spans]
-            found, checksums = file.read(len(codes)), file.checksums
-    except DamageError:
-        return None
-    ours, _ = cache.codec.distortion(embeddings[good], codes[good])
-    theirs, _ = cache.codec.distortion(embeddings[good], found[good])
-    # Another device or batch size moves a few codes by one; another image or teacher does not come near.
-    close = bool(np.all(theirs <= 2 * ours + 1e-3)) and not found[~good].any()
-    return (found, checksums) if close else None
+def _chunk_checksums(data: bytes, layout: ShardLayout, count: int, path: Path) -> list[int]:
+    """The crc32c of the first `count` chunks of a shard file. Raises DamageError."""
+    index = parse_index(data[-layout.index_bytes :], layout, len(data) - layout.index_bytes, str(path))
+    return [crc32c(data[offset : offset + size - 4]) for offset, size in index[:count].tolist()]
 
 
 def _publish_images(
-    cache: Cache, name: str, samples: Sequence[Sample], images: Sequence[bytes | None]
+    cache: Cache, shard: int, samples: Sequence[Sample], images: Sequence[bytes | None]
 ) -> tuple[FileEntry, dict[str, list[int]]]:
-    path = cache.path / name
+    """Publish or adopt the image file; returns its size and digest, and where each key's image lies in it."""
     pairs = zip(samples, images, strict=True)
     table = {sample.key: (sample.source or "", jpeg) for sample, jpeg in pairs if jpeg is not None}
-    data = pack_images(table)
-    if not publish(path, data, cache.path / "tmp"):
-        adopted = path.read_bytes()
-        if adopted != data:
-            try:
-                located = locate_images(adopted)
-            except (pa.ArrowInvalid, ValueError, OSError):
-                located = {}
-            if {key: source for key, (source, _) in located.items()} != {key: source for key, (source, _) in table.items()}:
-                move_aside(path, cache.path / "quarantine")
-                return _publish_images(cache, name, samples, images)
-            data = adopted
+    sources = {key: source for key, (source, _) in table.items()}
+
+    def adoptable(data: bytes) -> bool:
+        try:
+            return {key: source for key, (source, _) in locate_images(data).items()} == sources
+        except (pa.ArrowException, ValueError, OSError):
+            return False
+
+    data = _publish_or_adopt(cache, shard, cache.shard_files(shard)[1], pack_images(table), adoptable)
     entry = FileEntry(size=len(data), blake3=digest(data))
     return entry, {key: place for key, (_, place) in locate_images(data).items()}
 
@@ -202,28 +220,35 @@ def seal_cache(cache: Cache) -> dict[str, Any]:
             f"{cache.path}: {len(missing)} of {cache.shards} shards are not committed (the first: {missing[0]}); run the same "
             "`sami-cache extract` command to finish them."
         )
-    records = list(cache.records())
+    tables, records, failed = [], [], 0
+    for shard in range(cache.shards):  # one at a time: as objects, all samples of a big cache would fill the memory
+        record = cache._read_record(shard)
+        tables.append(samples_table(record))
+        records.append((record.digest, record.content))
+        failed += sum(sample.status != OK for sample in record.samples)
+    table = pa.concat_tables(tables)
     sink = BytesIO()
-    pq.write_table(samples_table([(record.shard, record.samples) for record in records]), sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd")
     manifest = sink.getvalue()
-    ok = sum(sample.status == OK for record in records for sample in record.samples)
-    root = {
-        "cache_id": cache.cache_id,
-        "root": merkle_root(cache.cache_id, [record.digest for record in records]),
-        "content_root": merkle_root(cache.cache_id, [record.content for record in records]),
-        "shards": len(records),
-        "samples": cache.samples,
-        "ok": ok,
-        "failed": cache.samples - ok,
-        "manifest": {"size": len(manifest), "blake3": digest(manifest)},
-    }
-    for path, data in (
-        (cache.path / "manifest.parquet", manifest),
-        (cache.path / "ROOT.json", canonical_json(seal(root))),
-    ):
-        if path.exists() and path.read_bytes() != data:
-            move_aside(path, cache.path / "quarantine")
-        publish(path, data, cache.path / "tmp")
+    entry = FileEntry(size=len(manifest), blake3=digest(manifest))
+    root = root_fields(cache.cache_id, records, cache.samples, failed, entry)
+    with suppress(DamageError):
+        # Another version of pyarrow writes the same table in other bytes: that is no reason to seal again.
+        sealed = cache.root()
+        same = sealed and all(sealed[name] == value for name, value in root.items() if name != "manifest")
+        if sealed and same and cache.manifest(sealed).equals(table):
+            return {**root, "manifest": sealed["manifest"]}
+    with disk_full_as_error(cache.path, "sealing it"):
+        for path, data in (
+            (cache.path / "manifest.parquet", manifest),
+            (cache.path / "ROOT.json", canonical_json(seal(root))),
+        ):
+            while not publish(path, data, cache.path / "tmp"):
+                with suppress(DamageError):
+                    if read_file(path, at_most=MAX_SHARD_BYTES) == data:
+                        break
+                with suppress(FileNotFoundError):
+                    move_aside(path, cache.path / "quarantine")
     return root
 
 

@@ -1,0 +1,62 @@
+"""The head of a cache: the attributes of its group, and the Zarr metadata that follow from them."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sami_cache.errors import DamageError, SamiCacheError
+from sami_cache.store.files import canonical_json, is_sealed, read_file
+from sami_cache.store.shards import ShardLayout, array_metadata
+
+FORMAT = 1
+CODEC_ARRAYS = {"basis": ("kept", "channel"), "mean": ("channel",), "step": ("kept",)}
+# What a cache is: these fields make its cache_id.
+ESSENCE = ("format", "identity", "codec", "layout", "samples", "listing")
+_FLOAT32_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+
+
+def read_attributes(path: Path) -> dict[str, Any]:
+    """The head of the cache at `path`, checked. Raises SamiCacheError if there is none, DamageError if it is damaged."""
+    head = path / "zarr.json"
+    if not os.path.lexists(head):
+        raise SamiCacheError(
+            f"{path}: there is no cache here (no zarr.json). `sami-cache extract --cache {path}` makes one; the default is "
+            "`cache.zarr` or $SAMI_CACHE."
+        )
+    data = read_file(head)
+    try:
+        value = json.loads(data)
+        attributes = value["attributes"]["sami_cache"]
+        intact = is_sealed(attributes) and canonical_json(group_metadata(attributes)) == data
+    except (ValueError, KeyError, TypeError, RecursionError):
+        intact, attributes = False, {}
+    if not intact:
+        raise DamageError(f"{head}: its content does not match the digest it carries; it is damaged or not a sami-cache.")
+    if attributes.get("format") != FORMAT:
+        raise SamiCacheError(
+            f"{head}: format {attributes.get('format')}, this program reads format {FORMAT}. Use a newer sami-cache for it."
+        )
+    return attributes
+
+
+def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {"zarr_format": 3, "node_type": "group", "attributes": {"sami_cache": attributes}}
+
+
+def codec_shapes(kept: int, channels: int) -> dict[str, tuple[int, ...]]:
+    sizes = {"kept": kept, "channel": channels}
+    return {name: tuple(sizes[axis] for axis in axes) for name, axes in CODEC_ARRAYS.items()}
+
+
+def array_file(name: str) -> str:
+    """The one chunk of one of the codec's arrays."""
+    return f"{name}/{'.'.join('0' for _ in CODEC_ARRAYS[name])}"
+
+
+def metadata_files(layout: ShardLayout, samples: int, kept: int, channels: int) -> dict[str, bytes]:
+    files = {"codes/zarr.json": canonical_json(layout.metadata(samples))}
+    for name, shape in codec_shapes(kept, channels).items():
+        metadata = array_metadata(shape, "float32", shape, _FLOAT32_CODECS, CODEC_ARRAYS[name])
+        files[f"{name}/zarr.json"] = canonical_json(metadata)
+    return files

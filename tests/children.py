@@ -1,0 +1,46 @@
+"""Child processes of the tests: the real command line, started in milliseconds, to be killed, stopped and watched."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+
+
+def run_cli(arguments: list[str], log: str | None = None) -> None:
+    """In a child process: the command line, noting in `log` every shard that it starts to write."""
+    import torch
+
+    import cli.main
+    import pipelines.extract
+
+    torch.set_num_threads(1)
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
+    os.dup2(devnull, 2)
+    if log:
+        real = pipelines.extract.write_shard
+
+        def noted(cache, shard, *rest):
+            with open(log, "a") as file:
+                file.write(json.dumps([os.getpid(), shard]) + "\n")
+            return real(cache, shard, *rest)
+
+        pipelines.extract.write_shard = noted
+    sys.argv = ["sami-cache", *arguments]
+    cli.main.main()
+
+
+def make_spawn() -> Callable[..., BaseProcess]:
+    """Start child processes in milliseconds: they are forked from a server that has torch imported and idle."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["cli.main", "pipelines.extract", "pipelines.train", "timm", "children"])
+
+    def start(*arguments: str, log: str | None = None):
+        process = context.Process(target=run_cli, args=(list(arguments), log))
+        process.start()
+        return process
+
+    start("--version").join(60)  # the server has imported everything once this child is through
+    return start
