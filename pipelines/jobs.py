@@ -11,7 +11,7 @@ from pipelines.embedding import PRECISIONS, Embedder, ViewMode
 from sami_cache.data.sources import Source, open_source
 from sami_cache.errors import IdentityError, SamiCacheError
 from sami_cache.models.teachers import load_teacher
-from sami_cache.processes import Interrupted, StopSignal
+from sami_cache.processes import Interrupted, StopSignal, keep_freed_memory
 from sami_cache.store.cache import Cache, listing_digest, read_attributes
 from sami_cache.store.codecs import CODECS
 
@@ -108,6 +108,7 @@ def prepare_job(config: ExtractConfig) -> Job:
         seed=settings["seed"],
     )
     device = torch.device(settings["device"])
+    keep_freed_memory()
     embedder = Embedder(
         source=source,
         teacher=teacher,

@@ -61,14 +61,13 @@ class ReportResult:
 
     def text(self) -> str:
         """The figures in a few lines."""
-        lines = [
-            f"loss {self.loss_first:.4f} -> {self.loss_last:.4f} (step {self.step} of {self.steps}; 1 = predicts the mean)"
-        ]
+        lines = [f"loss {self.loss_first:.4f} -> {self.loss_last:.4f} (step {self.step} of {self.steps})"]
         if self.after:
             lines.append(
                 f"held-out images: cosine to the target {self.before['heldout_cosine']:.4f} -> "
                 f"{self.after['heldout_cosine']:.4f} (masked tokens {self.after['heldout_cosine_masked']:.4f}), loss "
-                f"{self.before['heldout_loss']:.4f} -> {self.after['heldout_loss']:.4f}"
+                f"{self.before['heldout_loss']:.4f} -> {self.after['heldout_loss']:.4f} (of predicting the mean: "
+                f"{self.after['heldout_loss_of_mean']:.4f})"
             )
         return "\n".join([*lines, f"page: {self.page}", f"pictures: {self.loss_picture}, {self.reconstruction_picture}"])
 
@@ -269,8 +268,9 @@ def _page(run: Path, result: ReportResult, config: Mapping[str, Any], pictures: 
     which = "held-out images, never trained on" if result.held_out else "images it was trained on (the run held none out)"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
-        f"<h1>{name}</h1><p>Step {result.step} of {result.steps}. A loss of 1 means: predicts the target's mean. The "
-        "held-out cosine is taken per token, between features less their mean; 0 before any training is what it should be.</p>"
+        f"<h1>{name}</h1><p>Step {result.step} of {result.steps}. Before "
+        "training the student predicts noise: the held-out loss is then above that of predicting the target's mean, and the "
+        "cosine, taken per token between features less their mean, about 0. Training losses are of single batches.</p>"
         f"<table><tr><th></th><th>first</th><th>last</th></tr>{table}</table>"
         f"<h2>Loss</h2>{loss}<h2>Reconstruction of {which}</h2>{rows}<h2>Settings</h2><table>{settings}</table></html>\n"
     )

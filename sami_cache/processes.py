@@ -1,10 +1,11 @@
 """What reaches a training process from outside: the other ranks, and signals."""
 
+import ctypes
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +28,7 @@ class Interrupted(SamiCacheError):
 @contextmanager
 def distributed(device: str = "auto") -> Iterator[torch.device]:
     """The device to train on; under torchrun also the process group (nccl on CUDA, gloo on the CPU) while the block runs."""
+    keep_freed_memory()
     chosen = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if chosen.type == "cuda":
         chosen = chosen if chosen.index is not None else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -115,3 +117,16 @@ class StopSignal:
 def is_first_process() -> bool:
     """Whether this is the only process, or rank 0 under torchrun, also before and after the process group exists."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next allocation instead of giving it back to the kernel. Linux with glibc only.
+
+    A large activation is otherwise mapped, zeroed page by page, and unmapped again by every operation: EfficientNet-Lite0 at
+    512 px, batch 8, on two cores spent 0.19 of 0.42 CPU seconds an image on that, and none with this.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_mmap_threshold, 1 << 30)
+        mallopt(m_trim_threshold, 2**31 - 1)

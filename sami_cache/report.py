@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 DPI = 110
 # Okabe and Ito's colours, told apart by everyone; what is trained on is thin, what is held out has dots.
 _LOSSES = {
-    "loss": ("training loss", {"color": "#0072B2", "linewidth": 1.4}),
+    "loss": ("training loss", {"color": "#0072B2", "linewidth": 1.6}),
     "loss_visible": ("visible tokens", {"color": "#56B4E9", "linewidth": 0.9}),
     "loss_masked": ("masked tokens", {"color": "#CC79A7", "linewidth": 0.9}),
     "heldout_loss": ("held-out loss", {"color": "black", "linewidth": 1.2, "marker": "o", "markersize": 4}),
@@ -37,13 +37,19 @@ class Row:
 def loss_figure(lines: Sequence[Mapping[str, Any]]) -> Figure:
     """Losses (left axis) and held-out cosine (right axis) against the optimizer step; `lines` as in RUN/metrics.jsonl.
 
-    A line need not hold every value, and values that are null are left out.
+    A line need not hold every value, and values that are null are left out. Training losses are drawn as running means over a
+    tenth of the curve; behind them, pale, the loss as logged.
     """
     figure = _figure(8.0, 4.5)
     left = figure.add_subplot()
-    drawn = [
-        left.plot(*_series(lines, key), label=label, **style)[0] for key, (label, style) in _LOSSES.items() if _has(lines, key)
-    ]
+    drawn = []
+    for key, (label, style) in _LOSSES.items():
+        if not _has(lines, key):
+            continue
+        steps, values = _series(lines, key)
+        if key == "loss":  # one batch's loss says as much about the batch as about the student
+            left.plot(steps, values, color=style["color"], linewidth=0.8, alpha=0.35)
+        drawn.append(left.plot(steps, values if key == "heldout_loss" else _running_mean(values), label=label, **style)[0])
     left.set_xlabel("optimizer step")
     left.set_ylabel("loss")
     left.set_ylim(bottom=0)
@@ -118,6 +124,15 @@ def _has(lines: Sequence[Mapping[str, Any]], key: str) -> bool:
 def _series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
     points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
     return [step for step, _ in points], [value for _, value in points]
+
+
+def _running_mean(values: list[float]) -> np.ndarray:
+    """Each value's mean with those before it, over at most a tenth of them all."""
+    window = max(1, len(values) // 10)
+    sums = np.cumsum([0.0, *values])
+    last = np.arange(1, len(values) + 1)
+    first = np.maximum(0, last - window)
+    return (sums[last] - sums[first]) / (last - first)
 
 
 def _show(axes: Axes, picture: np.ndarray) -> None:

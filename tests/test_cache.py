@@ -21,7 +21,7 @@ from sami_cache.store import writing
 from sami_cache.store.cache import Cache, create_cache, identity_difference
 from sami_cache.store.codecs import fit_codec
 from sami_cache.store.commits import TABLE_SCHEMA, merkle_root, parse_record, record_bytes
-from sami_cache.store.files import canonical_json, move_aside, publish, seal, write_durably
+from sami_cache.store.files import canonical_json, digest, move_aside, publish, seal, write_durably
 from sami_cache.store.images import locate_images, pack_images
 from sami_cache.store.integrity import verify_cache
 from sami_cache.store.shards import pack_shard
@@ -228,15 +228,18 @@ def test_a_newer_format_is_said_to_be_newer(tmp_path: Path) -> None:
 def test_another_codec_or_listing_under_a_resealed_head_is_refused(tmp_path: Path) -> None:
     """The cache_id covers the values, not only the head's own list of files: a pinned root pins them."""
     cache, other = full_cache(tmp_path / "c.zarr"), new_cache(tmp_path / "o.zarr", samples=80)
-    head = json.loads((cache.path / "zarr.json").read_bytes())["attributes"]["sami_cache"]
-    theirs = other.attributes["files"]
+    root = verify_cache(cache.path).root
+    pq.write_table(cache.listing.take(list(range(40))[::-1]), other.path / "listing.parquet")
+    files = json.loads((cache.path / "zarr.json").read_bytes())["attributes"]["sami_cache"]["files"]
     for name, use in (("mean/0", lambda c: c.codec), ("listing.parquet", lambda c: c.listing)):
-        shutil.copy(other.path / name, cache.path / name)
-        reseal_head(cache.path, files=head["files"] | {name: theirs[name]})
+        data, before = (other.path / name).read_bytes(), (cache.path / name).read_bytes()
+        (cache.path / name).write_bytes(data)
+        reseal_head(cache.path, files=files | {name: {"size": len(data), "blake3": digest(data)}})
         opened = Cache(cache.path)
-        with pytest.raises(DamageError, match=name.split("/")[0]):
+        with pytest.raises(DamageError, match=f"{name.split('/')[0]}: is not the .* that the head names"):
             use(opened)
-        assert not verify_cache(cache.path, expected_root=verify_cache(cache.path).root).clean
+        assert [finding.path for finding in verify_cache(cache.path, expected_root=root).findings] == ["zarr.json"]
+        (cache.path / name).write_bytes(before)
 
 
 def test_use_after_a_fork_is_an_error_not_a_hang(cache: Cache) -> None:

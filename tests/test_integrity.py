@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from conftest import fill_shard, full_cache, make_samples, new_cache, teacher_like
 
-from sami_cache.errors import DamageError, SamiCacheError
+from sami_cache.errors import SamiCacheError
 from sami_cache.store.cache import Cache
-from sami_cache.store.files import canonical_json, seal
+from sami_cache.store.files import canonical_json, digest, seal
 from sami_cache.store.integrity import LEVELS, Report, verify_cache
 from sami_cache.store.shards import crc32c, pack_shard
 from sami_cache.store.writing import quarantine_shard, seal_cache, write_shard
@@ -59,7 +59,7 @@ def reads(cache: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     for sample in (0, 17, 39):
         yield f"sample {sample}", lambda sample=sample: Cache(cache).read_embedding(sample).tobytes()
     yield "table", lambda: Cache(cache).table().drop_columns("record").to_pylist()
-    yield "listing", lambda: Cache(cache).listing.to_pylist()
+    yield "listing", lambda: list(Cache(cache).listing.to_pylist())
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def assert_no_wrong_value(cache: Path, right: dict[str, object]) -> int:
     for name, use in reads(cache):
         try:
             value = use()
-        except DamageError:
+        except SamiCacheError:
             refused += 1
         else:
             assert value == right[name], name
@@ -88,7 +88,7 @@ def test_the_list_of_files_is_complete(whole: Path) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda path: full_cache(path),
+        full_cache,
         lambda path: full_cache(path, images=None),
         lambda path: full_cache(path, codec="float16"),
         lambda path: full_cache(path, codec="int8", samples=33, chunk_samples=1),
@@ -129,11 +129,6 @@ def test_there_must_be_a_cache(tmp_path: Path) -> None:
 
 
 # ---- one file is wrong
-
-
-def expected_names(name: str) -> set[str]:
-    """Which findings may stand for damage to file `name`: itself, always."""
-    return {name}
 
 
 def damaged_samples(name: str, offset: int, cache: Path) -> set[str] | None:
@@ -190,9 +185,7 @@ def test_files_of_other_content_are_found(path: Path, right: dict, name: str, ch
     report = verify_cache(path)
     assert named(report) == {name}
     if name.startswith("codes/") and name != "codes/zarr.json":
-        if len(CHANGES[change](data)) != len(data) or change in ("all zeros", "reversed", "tail of zeros"):
-            assert report.findings[0].samples == keys(shard_of(name))
-        assert f"codes {shard_of(name)}" in [use for use, _ in reads(path)]
+        assert report.findings[0].samples == keys(shard_of(name))
     if len(CHANGES[change](data)) != len(data):
         assert named(verify_cache(path, level="quick")) == {name}
     assert_no_wrong_value(path, right)
@@ -313,7 +306,7 @@ def sealed_with_other_images(path: Path) -> Cache:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_shard_and_its_record_from_a_cache_of_other_images(path: Path, tmp_path: Path, right: dict, level: str) -> None:
+def test_a_shard_and_its_record_from_a_cache_of_other_images(path: Path, tmp_path: Path, level: str) -> None:
     other = sealed_with_other_images(tmp_path / "other.zarr")
     assert other.cache_id == Cache(path).cache_id
     for name in (*other.shard_files(1), "commits/000001.json"):
@@ -322,10 +315,6 @@ def test_a_shard_and_its_record_from_a_cache_of_other_images(path: Path, tmp_pat
     assert named(report) == {"commits/000001.json"}
     assert report.damaged_shards == [1]
     assert "is not the record that the cache was sealed with" in report.findings[0].what
-    # Without the seal nothing tells it from a repaired shard, except a root noted elsewhere.
-    (path / "ROOT.json").unlink()
-    root = json.loads((path.parent / "c.zarr" / "commits/000001.json").read_bytes())["blake3"]
-    assert root != verify_cache(path).root
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -341,7 +330,7 @@ def test_a_shard_and_its_record_from_a_cache_of_other_settings(path: Path, tmp_p
 
 @pytest.mark.parametrize("name", ["zarr.json", "ROOT.json", "manifest.parquet", "basis/0.0", "listing.parquet"])
 def test_a_file_of_the_cache_itself_from_another_cache(path: Path, tmp_path: Path, right: dict, name: str) -> None:
-    other = full_cache(tmp_path / "other.zarr", samples=39, chunk_samples=4, precision="bfloat16")
+    other = full_cache(tmp_path / "other.zarr", samples=38, chunk_samples=4, precision="bfloat16")
     shutil.copy(other.path / name, path / name)
     found = named(verify_cache(path))
     assert name in found or (name == "zarr.json" and {f"commits/{shard:06d}.json" for shard in range(3)} <= found)
@@ -423,8 +412,6 @@ def forge_codes(path: Path, codes: np.ndarray) -> None:
     cache = Cache(path)
     data, checksums = pack_shard(codes, cache.layout)
     (path / "codes/0.0.0.0").write_bytes(data)
-    from sami_cache.store.files import digest
-
     record = {name: value for name, value in json.loads(cache.record_path(0).read_bytes()).items() if name != "blake3"}
     record["files"]["codes/0.0.0.0"] = {"size": len(data), "blake3": digest(data)}
     record["chunk_crc32c"] = checksums
@@ -485,8 +472,6 @@ def test_a_forged_manifest_under_a_forged_root_is_found(path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from sami_cache.store.files import digest
-
     table = pq.read_table(path / "manifest.parquet")
     forged = table.set_column(table.schema.get_field_index("label"), "label", pa.array([1] * 40, pa.int64()))
     pq.write_table(forged, path / "manifest.parquet")
@@ -526,8 +511,6 @@ def test_a_root_with_a_right_digest_and_wrong_fields_is_found(path: Path, change
 
 
 def test_metadata_that_would_mislead_stock_readers_is_found_even_if_the_head_vouches_for_it(path: Path) -> None:
-    from sami_cache.store.files import digest
-
     forged = (path / "codes/zarr.json").read_bytes().replace(b'"shape":[40,', b'"shape":[4000000000,')
     (path / "codes/zarr.json").write_bytes(forged)
     head = json.loads((path / "zarr.json").read_bytes())

@@ -109,7 +109,7 @@ def test_a_report_says_what_the_log_says(folder, target):
     assert (result.step, result.held_out, len(result.images)) == (2, True, 3)
     page = result.page.read_text()
     numbers = [losses[0], losses[-1], *result.before.values(), *result.after.values()]
-    assert len(numbers) == 12
+    assert len(numbers) == 14
     for number in numbers:
         assert f">{number:.4f}<" in page
     assert 'src="data:image/png' in page
