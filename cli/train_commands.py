@@ -127,7 +127,7 @@ def train(
         counts, step = prepared.settings["samples"], prepared.train
         typer.echo(
             f"{run}: {student}, target {target}{' (teacher online)' if teacher_online else ''}, {counts['train']} samples to "
-            f"train on, {counts['held_out']} held out; {step.steps} steps of {step.batch_size} in {step.accumulate} micro-batches, "
+            f"train on, {counts['held_out']} held out; {step.steps} steps of {step.batch_size} in {step.accumulate} parts, "
             f"lr {step.lr:.3g}, {step.warmup_steps} to warm up",
             err=True,
         )
@@ -150,8 +150,8 @@ def export(
     from pipelines.export import export as stage
 
     result = stage(run, out)
-    typer.echo(f"{result.path}: {size(result.path.stat().st_size)}, loads strictly into timm's {result.timm_name}:")
-    typer.echo(f'  timm.create_model("{result.timm_name}").load_state_dict(safetensors.torch.load_file("{result.path}"))')
+    typer.echo(f"{result.path}: {size(result.path.stat().st_size)}, the encoder of step {result.step} of {result.steps}.")
+    typer.echo(f"Loads strictly into stock timm (the head is untrained):\n  {result.load_line}")
 
 
 def report(

@@ -246,6 +246,7 @@ def _closing_words(demo: DemoResult) -> str:
             f"  cosine to the teacher on these           {before['heldout_cosine']:.3f} -> {after['heldout_cosine']:.3f}   "
             f"(between features less their mean; {TRAINING['steps']} steps)",
             "",
+            "So short a training gets right what the student saw; hidden cells are still much like the picture's average.",
             f"  picture   {found.reconstruction_picture}   image | teacher's features | student's reconstruction",
             f"  curve     {found.loss_picture}",
             f"  page      {found.page}   both, with all settings",

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from sami_cache.store.cache import Cache, identity_difference
+from sami_cache.store.cache import Cache
+from sami_cache.store.head import identity_difference
 
 MEASURED = 256  # differing samples that are decoded to say by how much
 

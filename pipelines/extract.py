@@ -1,6 +1,5 @@
 """Extraction: the teacher runs once over an image set, shard by shard, and what it says is committed to the cache."""
 
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -71,21 +70,10 @@ def extract(config: ExtractConfig, on_progress: Callable[[Progress], None] = lam
         root=root,
         samples_done=sum(len(cache.shard_samples(commit.record.shard)) for commit in commits if commit.won),
         seconds=time.perf_counter() - started,
-        bytes=size_on_disk(cache),
+        bytes=cache.size_on_disk(),
         failures=[(row["key"], row["status"]) for row in table if row["status"] != OK],
         other_writers=sum(not commit.won for commit in commits),
         differences=[commit.record.shard for commit in commits if not commit.same],
-    )
-
-
-def size_on_disk(cache: Cache) -> int:
-    """Bytes of all files of a cache, quarantine and temporary files left out."""
-    return sum(
-        entry.stat().st_size
-        for folder in (cache.path, *(path for path in cache.path.iterdir() if path.is_dir()))
-        if folder.name not in ("tmp", "quarantine")
-        for entry in os.scandir(folder)
-        if entry.is_file()
     )
 
 
@@ -120,7 +108,7 @@ def run_shards(
     """Extract and commit these shards; each is written in the background while the teacher works on the next."""
     started = time.perf_counter()
     before = cache.samples - sum(len(cache.shard_samples(shard)) for shard in missing)
-    progress = Progress(stage="extract", done=before, total=cache.samples, bytes=size_on_disk(cache))
+    progress = Progress(stage="extract", done=before, total=cache.samples, bytes=cache.size_on_disk())
     fresh = 0
     commits: list[Commit] = []
 

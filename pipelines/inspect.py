@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from pipelines.extract import size_on_disk
 from sami_cache.store.cache import Cache
 from sami_cache.store.commits import OK
 
@@ -26,7 +25,7 @@ def inspect_cache(path: Path) -> dict[str, Any]:
     for record in cache.records():
         for name, entry in record.files.items():
             files[name.split("/")[0]] += entry.size
-    total, count = size_on_disk(cache), max(1, len(usable))
+    total, count = cache.size_on_disk(), max(1, len(usable))
     values = codec["channels"] * cache.grid**2
     return {
         "cache": str(path),

@@ -3,19 +3,20 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipelines.extract import run_shards
-from pipelines.jobs import ExtractConfig, Job, Progress, how_to_go_on, prepare_job
 from sami_cache.data.sources import Source, open_source
 from sami_cache.errors import ImageError, SamiCacheError
-from sami_cache.processes import StopSignal
 from sami_cache.store.cache import Cache
 from sami_cache.store.commits import OK
 from sami_cache.store.files import digest, move_aside
 from sami_cache.store.integrity import Finding, Report, verify_cache
 from sami_cache.store.writing import quarantine_shard, seal_cache
+
+if TYPE_CHECKING:  # torch takes longer to load than a small cache to verify, and only audit and repair need it
+    from pipelines.jobs import Job, Progress
 
 AUDIT_TOLERANCE = 0.005
 
@@ -69,7 +70,7 @@ class Verification:
 def verify(
     config: VerifyConfig,
     on_progress: Callable[[int, int, int], None] | None = None,
-    on_extract: Callable[[Progress], None] = lambda _: None,
+    on_extract: "Callable[[Progress], None]" = lambda _: None,
 ) -> Verification:
     """Check a cache and, if asked, mend it: damaged shards go to quarantine and exactly those are extracted again.
 
@@ -131,8 +132,10 @@ def _data(config: VerifyConfig, cache: Cache) -> Path:
     return config.data or Path(cache.attributes["provenance"]["data"])
 
 
-def _job(config: VerifyConfig) -> Job:
+def _job(config: VerifyConfig) -> "Job":
     """The extraction that the cache came from, with its own settings."""
+    from pipelines.jobs import ExtractConfig, prepare_job
+
     cache = Cache(config.cache)
     return prepare_job(
         ExtractConfig(
@@ -174,7 +177,11 @@ def _audit(config: VerifyConfig, cache: Cache, report: Report) -> Audit:
     return Audit(samples=len(chosen), worst=min(cosines), median=float(np.median(cosines)), failed=failed)
 
 
-def _repair(config: VerifyConfig, result: Verification, on_extract: Callable[[Progress], None]) -> None:
+def _repair(config: VerifyConfig, result: Verification, on_extract: "Callable[[Progress], None]") -> None:
+    from pipelines.extract import run_shards
+    from pipelines.jobs import how_to_go_on
+    from sami_cache.processes import StopSignal
+
     named = [finding.path for finding in result.report.findings]
     static = [path for path in named if path == "zarr.json"] or [
         path for path in named if path in Cache(config.cache).attributes["files"]

@@ -9,7 +9,7 @@ from multiprocessing.process import BaseProcess
 
 
 def run_cli(arguments: list[str], log: str | None = None) -> None:
-    """In a child process: the command line, noting in `log` every shard that it starts to write."""
+    """In a child process: the command line, noting in `log` each shard that it writes, and whether it was committed before."""
     import torch
 
     import cli.main
@@ -24,7 +24,7 @@ def run_cli(arguments: list[str], log: str | None = None) -> None:
 
         def noted(cache, shard, *rest):
             with open(log, "a") as file:
-                file.write(json.dumps([os.getpid(), shard]) + "\n")
+                file.write(json.dumps([shard, cache.record_path(shard).exists()]) + "\n")
             return real(cache, shard, *rest)
 
         pipelines.extract.write_shard = noted

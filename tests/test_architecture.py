@@ -67,9 +67,7 @@ def test_imports_follow_the_layers(path):
     assert [module for module in own if not within(module, allowed) and module != "sami_cache"] == []
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in FILES if layer(module_name(path), FOREIGN)], ids=module_name
-)
+@pytest.mark.parametrize("path", [path for path in FILES if layer(module_name(path), FOREIGN)], ids=module_name)
 def test_layers_use_only_the_libraries_they_name(path):
     prefix = layer(module_name(path), FOREIGN) or ""
     used = {module.partition(".")[0] for module in imports(ast.parse(path.read_text()))}
@@ -80,6 +78,12 @@ def test_help_does_not_load_the_heavy_libraries():
     code = f"import sys, cli.main; print(sorted(set(sys.modules) & {HEAVY!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_verifying_needs_no_torch():
+    code = "import sys, pipelines.verify, pipelines.diff, pipelines.inspect; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_no_file_grows_past_reading():

@@ -298,6 +298,17 @@ def test_the_first_record_wins(tmp_path: Path) -> None:
     assert tree(cache.path) == before
 
 
+def test_what_is_committed_is_never_written_again(tmp_path: Path) -> None:
+    """Not even where its files are gone: they would be ours then, under the record of another."""
+    cache = new_cache(tmp_path / "c.zarr")
+    fill_shard(cache, 0)
+    for name in cache.shard_files(0):
+        (cache.path / name).unlink()
+    before = tree(cache.path)
+    assert not write_shard(cache, 0, teacher_like(16, seed=9), make_samples(keys_of(cache, 0)), [b"other"] * 16).won
+    assert tree(cache.path) == before
+
+
 def overtake(monkeypatch: pytest.MonkeyPatch, moment: str, act) -> None:
     """Let another writer act just before the named step of this one."""
     real = getattr(writing, moment)

@@ -7,7 +7,6 @@ import socket
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from test_export import SMALL, jpeg_cache
 
@@ -43,12 +42,18 @@ def lines(count=30):
 def test_the_loss_figure_shows_every_curve():
     figure = loss_figure(lines())
     left, right = figure.axes
-    assert [line.get_label() for line in left.lines] == ["training loss", "visible tokens", "masked tokens", "held-out loss"]
+    pale, *curves = left.lines
+    assert [line.get_label() for line in curves] == ["training loss", "visible tokens", "masked tokens", "held-out loss"]
+    assert pale.get_ydata().tolist() == [2 / s for s in range(1, 30)] + [0.1]
+    smooth = curves[0].get_ydata()
+    assert smooth[0] == 2.0
+    assert smooth[-1] == pytest.approx((0.1 + 2 / 29 + 2 / 28) / 3)
+    assert curves[3].get_ydata().tolist() == [1.5, 0.5]
     assert right.lines[0].get_xdata().tolist() == [0, 30]
     assert right.get_ylim()[0] <= -0.05
-    assert len(left.lines[2].get_xdata()) == 28  # the null is left out
+    assert len(curves[2].get_xdata()) == 28  # the null is left out
     pixels = canvas(figure)
-    for line in (*left.lines, *right.lines):
+    for line in (*curves, *right.lines):
         colour = (
             np.array([round(int(line.get_color().lstrip("#")[i : i + 2], 16)) for i in (0, 2, 4)])
             if "#" in line.get_color()
@@ -231,9 +236,6 @@ def test_the_demo_runs_and_runs_again(tmp_path, monkeypatch):
     again = demo.demo(tmp_path / "demo", said.append)
     assert again.report.after == first.report.after
     assert "finished already" in "\n".join(said)
-    weights = torch.load  # nothing of the run is a pickle
-    assert weights is torch.load
-    assert not list((tmp_path / "demo").rglob("*.pt*"))
 
 
 def _parse_as_the_command_line(commands):
@@ -245,3 +247,15 @@ def _parse_as_the_command_line(commands):
     for line in commands:
         name, *arguments = line.split()
         group.commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+
+
+def test_both_feature_columns_have_the_teachers_colours(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "pipelines.report.pca_rgb", lambda features, like=None: asked.append((features, like)) or pca_rgb(features, like)
+    )
+    report(folder / "teacher", images=2, device="cpu")
+    (teacher, own), (student, like) = asked
+    assert own is None
+    assert like is teacher
+    assert student.shape == teacher.shape

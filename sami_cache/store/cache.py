@@ -39,6 +39,7 @@ from sami_cache.store.head import (
     array_file,
     codec_shapes,
     group_metadata,
+    identity_difference,
     metadata_files,
     read_attributes,
 )
@@ -75,18 +76,6 @@ def choose_layout(codec: Codec, grid: int, samples: int, shard_samples: int | No
 
 def _power_of_two(value: float) -> int:
     return 1 << max(0, int(value).bit_length() - 1)
-
-
-def identity_difference(cache: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
-    """Lines `field: the cache has A, you ask for B`, one per field that differs."""
-    lines = []
-    for name in sorted(cache.keys() | asked.keys()):
-        mine, other = cache.get(name), asked.get(name)
-        if isinstance(mine, dict) and isinstance(other, dict):
-            lines += identity_difference(mine, other, f"{prefix}{name}.")
-        elif mine != other:
-            lines.append(f"{prefix}{name}: the cache has {mine!r}, you ask for {other!r}")
-    return lines
 
 
 class Cache:
@@ -251,6 +240,14 @@ class Cache:
         """All commit records, in order, read one at a time."""
         for shard in self.committed():
             yield self._read_record(shard)
+
+    def size_on_disk(self) -> int:
+        """Bytes of all files of the cache, quarantine and temporary files left out."""
+        folders = [
+            self.path,
+            *(path for path in self.path.iterdir() if path.is_dir() and path.name not in ("tmp", "quarantine")),
+        ]
+        return sum(entry.stat().st_size for folder in folders for entry in os.scandir(folder) if entry.is_file())
 
     def root(self) -> dict[str, Any] | None:
         """What ROOT.json holds, None if the cache is not sealed. Raises DamageError."""

@@ -60,3 +60,15 @@ def metadata_files(layout: ShardLayout, samples: int, kept: int, channels: int) 
         metadata = array_metadata(shape, "float32", shape, _FLOAT32_CODECS, CODEC_ARRAYS[name])
         files[f"{name}/zarr.json"] = canonical_json(metadata)
     return files
+
+
+def identity_difference(cache: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
+    """Lines `field: the cache has A, you ask for B`, one per field that differs."""
+    lines = []
+    for name in sorted(cache.keys() | asked.keys()):
+        mine, other = cache.get(name), asked.get(name)
+        if isinstance(mine, dict) and isinstance(other, dict):
+            lines += identity_difference(mine, other, f"{prefix}{name}.")
+        elif mine != other:
+            lines.append(f"{prefix}{name}: the cache has {mine!r}, you ask for {other!r}")
+    return lines
