@@ -55,9 +55,9 @@ TRAINING: dict[str, Any] = {
     "decoder_depth": 1,
     "batch_size": 8,
     "base_lr": 0.032,
-    "steps": 1000,
+    "steps": 700,
     "log_every": 10,
-    "evaluate_every": 200,
+    "evaluate_every": 100,
 }
 
 

@@ -208,10 +208,9 @@ def test_missing_files_are_found(path: Path, right: dict, name: str, level: str)
     assert assert_no_wrong_value(path, right) > 0 or "/zarr.json" in name
 
 
-@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("what", ["folder", "fifo", "loop", "dangling", "device"])
 @pytest.mark.parametrize("name", FILES)
-def test_what_is_no_file_is_found_without_waiting(path: Path, right: dict, name: str, what: str, level: str) -> None:
+def test_what_is_no_file_is_found_without_waiting(path: Path, right: dict, name: str, what: str) -> None:
     (path / name).unlink()
     if what == "folder":
         (path / name).mkdir()
@@ -219,7 +218,14 @@ def test_what_is_no_file_is_found_without_waiting(path: Path, right: dict, name:
         os.mkfifo(path / name)
     else:
         (path / name).symlink_to({"loop": (path / name).name, "dangling": "nothing", "device": "/dev/zero"}[what])
-    assert named(verify_cache(path, level=level)) == {name}
+    assert named(verify_cache(path)) == {name}
+    assert_no_wrong_value(path, right)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_grown_beyond_the_memory_are_found(path: Path, right: dict, name: str) -> None:
+    os.truncate(path / name, 1 << 42)  # sparse: nothing is written
+    assert named(verify_cache(path)) == {name}
     assert_no_wrong_value(path, right)
 
 
