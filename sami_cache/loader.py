@@ -156,7 +156,7 @@ class LoaderConfig:
     teacher_interpolation: str = "bilinear"
     views: ViewConfig = field(default_factory=ViewConfig)
     open_shards: int = 8
-    """Shards that samples are drawn across; up to twice as many lie decoded in memory, about 26 MB each at full size."""
+    """Shards that samples are drawn across; up to twice as many lie decoded in memory, 17 to 34 MB each at full size."""
     threads: int | None = None
 
 

@@ -1,5 +1,6 @@
 """Things several test files share: embeddings that behave like a teacher's, and a small cache made of them."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from children import make_spawn
 from sami_cache.store.cache import Cache, choose_layout, create_cache
 from sami_cache.store.codecs import fit_codec
 from sami_cache.store.commits import Sample
+from sami_cache.store.files import canonical_json, seal
 from sami_cache.store.writing import seal_cache, write_shard
 
 
@@ -90,6 +92,34 @@ def full_cache(path: Path, **changes: object) -> Cache:
         fill_shard(cache, shard, bad=(3,) if shard == 1 else ())
     seal_cache(cache)
     return cache
+
+
+def embeddings_of(cache: Cache, shard: int) -> np.ndarray:
+    numbers = cache.shard_samples(shard)
+    return teacher_like(cache.samples)[numbers.start : numbers.stop]
+
+
+def keys_of(cache: Cache, shard: int) -> list[str]:
+    numbers = cache.shard_samples(shard)
+    return cache.listing["key"].to_pylist()[numbers.start : numbers.stop]
+
+
+def fill_all(cache: Cache) -> None:
+    for shard in range(cache.shards):
+        fill_shard(cache, shard)
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def reseal_head(path: Path, **changes: object) -> None:
+    """Write a head that is consistent with its own digest, whatever it says."""
+    head = json.loads((path / "zarr.json").read_bytes())
+    attributes = head["attributes"]["sami_cache"] | changes
+    attributes = {name: value for name, value in attributes.items() if name != "blake3" and value is not ...}
+    head["attributes"]["sami_cache"] = seal(attributes)
+    (path / "zarr.json").write_bytes(canonical_json(head))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import os
 import re
 import stat
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from sami_cache.errors import ImageError
@@ -14,7 +15,7 @@ MAX_ENCODED_BYTES = 1 << 30
 _UNSAFE = re.compile(r"[\\\x00-\x1f\x7f\ud800-\udfff]")
 
 
-class Source:
+class Source(ABC):
     """`len(source)` samples. `read(i)` gives the encoded bytes of sample i and may be called from several threads.
 
     kind: "folder", "tar" or "parquet", part of a cache's identity. location: what was opened, absolute. keys: unique text,
@@ -45,8 +46,9 @@ class Source:
         except OSError as error:
             raise ImageError(f"cannot be read: {error.strerror or error}") from error
 
+    @abstractmethod
     def _read(self, index: int) -> bytes:
-        raise NotImplementedError
+        """The same for an index that is in range; an OSError becomes the reason."""
 
 
 def file_text(name: str | os.PathLike[str]) -> str:
