@@ -59,7 +59,7 @@ def extract(
     batch_size: Annotated[
         int | None, typer.Option(help="Images the teacher sees at once. Default: 32 on CUDA, 8 on the CPU.")
     ] = None,
-    shard_samples: Annotated[int | None, typer.Option(help="Samples a shard, a power of two. Default: 17 to 34 MB of codes.")] = None,
+    shard_samples: Annotated[int | None, typer.Option(help="Samples a shard, a power of two. Default: 17 to 34 MB.")] = None,
     source_kind: Annotated[str | None, typer.Option(help="folder, tar or parquet, where --data holds several.")] = None,
     device: Device = "auto",
     workers: Workers = None,
