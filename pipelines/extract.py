@@ -131,15 +131,15 @@ def run_shards(
 
     on_progress(progress)
     pending: Future[Commit] | None = None
-    runs = [list(cache.shard_samples(shard)) for shard in missing]
-    embedder = job.embedder
+    embedder, size = job.embedder, job.embedder.batch_size
     with ThreadPoolExecutor(1, thread_name_prefix="commit") as writer:
         parts: list[Embedded] = []
-        # A run of the embedder is one batch here, so that a signal is heard between batches and not only between shards.
-        pieces = [run[i : i + embedder.batch_size] for run in runs for i in range(0, len(run), embedder.batch_size)]
+        # Batches never cross shards, so that a resumed run computes the same ones.
+        runs = [cache.shard_samples(shard) for shard in missing]
+        batches = [run[start : start + size] for run in runs for start in range(0, len(run), size)]
         shards = iter(missing)
         shard = next(shards)
-        for part in embedder.embed(pieces):
+        for part in embedder.embed(batches):
             if stop.number:
                 settle(pending)
             stop_here(stop, cache.path)

@@ -12,7 +12,7 @@ from sami_cache.data.sources import Source, open_source
 from sami_cache.errors import IdentityError, SamiCacheError
 from sami_cache.models.teachers import load_teacher
 from sami_cache.processes import Interrupted, StopSignal, keep_freed_memory
-from sami_cache.store.cache import Cache, listing_digest, read_attributes
+from sami_cache.store.cache import Cache, listing_digest
 from sami_cache.store.codecs import CODECS
 
 
@@ -86,10 +86,10 @@ class Job:
 
 def prepare_job(config: ExtractConfig) -> Job:
     """Resolve the settings against the cache that is there, load the teacher, and check that they agree."""
-    existing = read_attributes(config.cache) if (config.cache / "zarr.json").exists() else None
+    existing = Cache(config.cache) if (config.cache / "zarr.json").exists() else None
     if existing is None and config.cache.exists() and (not config.cache.is_dir() or any(config.cache.iterdir())):
         raise SamiCacheError(f"{config.cache}: exists and is not a cache. Give another --cache, or move it away.")
-    settings = _settings(config, existing)
+    settings = _settings(config, existing.attributes if existing else None)
     if settings["codec"] not in CODECS:
         raise SamiCacheError(f"codec {settings['codec']!r} is unknown; choose one of {', '.join(CODECS)}.")
     if settings["precision"] not in PRECISIONS:
@@ -98,7 +98,7 @@ def prepare_job(config: ExtractConfig) -> Job:
         raise SamiCacheError("--grid and --batch-size must be at least 1, --views at least 0.")
     source = open_source(config.data, kind=config.source_kind)
     if existing:
-        _check_listing(Cache(config.cache), source)
+        _check_listing(existing, source)
     teacher = load_teacher(
         config.teacher,
         weights=settings["weights"],
@@ -121,10 +121,9 @@ def prepare_job(config: ExtractConfig) -> Job:
         workers=config.workers or min(16, os.cpu_count() or 1),
     )
     codec = {"name": settings["codec"], "error": settings["error"] if settings["codec"] == "pca" else None}
-    job = Job(config, source, embedder, None, codec | {"fit_images": settings["fit_images"]})
+    job = Job(config, source, embedder, existing, codec | {"fit_images": settings["fit_images"]})
     if existing:
-        job.cache = Cache(config.cache)
-        job.cache.check_identity(job.identity)
+        existing.check_identity(job.identity)
     teacher.to(device)
     return job
 

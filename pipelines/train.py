@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,7 +120,7 @@ def prepare(config: TrainingConfig, device: torch.device) -> Prepared:
     count = int(chosen.sum())
     if not count:
         raise SamiCacheError("there is no image left to train on: extract more, or lower --holdout.")
-    world = rank_and_world()[1]
+    rank, world = rank_and_world()
     batch_size = config.batch_size or min(SAMI_IMAGENET.batch_size, 1 << max(0, (count // 4).bit_length() - 1))
     limit = config.micro_batch or MICRO_BATCH.get(device.type, 32)
     accumulate = _accumulate(batch_size, world, limit)
@@ -133,7 +133,6 @@ def prepare(config: TrainingConfig, device: torch.device) -> Prepared:
         teacher_interpolation=teacher.info.interpolation if teacher else "bilinear",
         threads=config.workers,
     )
-    rank = rank_and_world()[0]
     loader = Loader(samples, chosen, loader_config, rank=rank, world=world)
     steps = config.steps or max(1, round(config.epochs * loader.steps_per_epoch))
     warmup_epochs = config.warmup_epochs
@@ -249,8 +248,6 @@ def _targets(
 
 
 def _for_evaluation(config: LoaderConfig) -> LoaderConfig:
-    from dataclasses import replace
-
     return replace(config, batch_size=1, micro_batches=1)
 
 
