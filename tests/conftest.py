@@ -1,6 +1,10 @@
 """Things several test files share: embeddings that behave like a teacher's, and a small cache made of them."""
 
+import inspect
 import json
+import os
+import platform
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,3 +136,32 @@ def cache(tmp_path: Path) -> Cache:
 def spawn():
     """Start the command line in a child process: `spawn("extract", "--teacher", ...)`."""
     return make_spawn()
+
+
+@pytest.fixture
+def campaign(request: pytest.FixtureRequest):
+    """`campaign("bit-flips", seed=7, figures={"flips": 10000, ...})`: at full size, write the result to benchmarks/results/.
+
+    Small versions of a campaign, which `make test` runs, write nothing.
+    """
+    started = time.monotonic()
+
+    def publish(name: str, *, seed: int | str, figures: dict[str, object], notes: str = "") -> None:
+        if request.node.get_closest_marker("slow") is None:
+            return
+        hardware = f"{os.cpu_count()}cpu-{platform.machine()}"
+        today = time.strftime("%Y%m%d")
+        rows = "\n".join(f"| {what} | {value} |" for what, value in figures.items())
+        test = f"{request.path.relative_to(request.config.rootpath)}::{request.function.__name__}"
+        text = (
+            f"# Reliability: {name}\n\n{inspect.cleandoc(request.module.__doc__ or '')}\n\n"
+            f"Command: `python -m pytest -m slow {test}`, seed {seed}. Hardware: {hardware}, {platform.system()} "
+            f"{platform.release()}, Python {platform.python_version()}. "
+            f"Duration: {time.monotonic() - started:.0f} s. Date: {today}.\n\n"
+            f"| figure | value |\n|---|---|\n{rows}\n"
+        )
+        folder = request.config.rootpath / "benchmarks" / "results"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"reliability-{name}-{hardware}-{today}.md").write_text(text + (f"\n{notes}\n" if notes else ""))
+
+    return publish
