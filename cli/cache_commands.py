@@ -17,6 +17,13 @@ Data = Annotated[Path, typer.Option(envvar="SAMI_DATA", help="Images: a folder, 
 CachePath = Annotated[Path, typer.Option("--cache", envvar="SAMI_CACHE", help="The cache.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Workers = Annotated[int | None, typer.Option(help="Threads that read and decode images. Default: one a core, at most 16.")]
+Grace = Annotated[
+    float,
+    typer.Option(help="Seconds to finish what is in hand after SIGTERM or Ctrl-C; a second signal, or 0, abandons it at once."),
+]
+WeightsDigest = Annotated[
+    str | None, typer.Option("--weights-sha256", help="SHA-256 that the --weights file must have; checked before it is read.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 SHOWN = 10
 
@@ -37,6 +44,7 @@ def extract(
         str | None,
         typer.Option(help="The teacher's checkpoint: Meta's, Hugging Face's or timm's file; or `random`, explicitly."),
     ] = None,
+    weights_sha256: WeightsDigest = None,
     layer: Annotated[
         str | None, typer.Option(help="SAM: neck (256 channels, default) or trunk. Others: a stage's index.")
     ] = None,
@@ -63,6 +71,10 @@ def extract(
     source_kind: Annotated[str | None, typer.Option(help="folder, tar or parquet, where --data holds several.")] = None,
     device: Device = "auto",
     workers: Workers = None,
+    grace: Grace = 20.0,
+    trust_images: Annotated[
+        bool, typer.Option("--trust-images", help="Going on: do not read committed images again to see whether they changed.")
+    ] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what it takes (bytes, hours, disk), measured on a sample; write nothing.")
     ] = False,
@@ -96,6 +108,9 @@ def extract(
         device=device,
         workers=workers,
         source_kind=source_kind,
+        grace=grace,
+        trust_images=trust_images,
+        weights_sha256=weights_sha256,
     )
     with ProgressLine(quiet=as_json) as line:
         outlook = planning.plan(config, line.extraction) if plan else None
@@ -180,6 +195,7 @@ def verify(
     root: Annotated[str | None, typer.Option(help="The root that the cache must have.")] = None,
     data: Annotated[Path | None, typer.Option(help="Where the images are now. Default: where they were.")] = None,
     weights: Annotated[str | None, typer.Option(help="The teacher's checkpoint. Default: the one used at extraction.")] = None,
+    weights_sha256: WeightsDigest = None,
     device: Device = "auto",
     workers: Workers = None,
     as_json: AsJson = False,
@@ -204,6 +220,7 @@ def verify(
         repair=repair,
         data=data,
         weights=weights,
+        weights_sha256=weights_sha256,
         device=device,
         workers=workers,
     )
@@ -213,6 +230,8 @@ def verify(
     if as_json:
         typer.echo(json.dumps(asdict(result) | {"clean": report.clean}, indent=2))
         raise typer.Exit(0 if report.clean else 1)
+    if result.restored:
+        typer.echo(f"put back from its copy: {', '.join(result.restored)}")
     if result.repaired:
         typer.echo(f"extracted again: {len(result.repaired)} shards {result.repaired[:SHOWN]}")
     if result.moved:
@@ -237,7 +256,10 @@ def verify(
         return
     typer.echo(f"{cache}: {len(report.findings)} things are not as they were committed ({counts}).")
     if not repair:
-        typer.echo("`sami-cache verify --repair` moves damaged shards aside and extracts exactly those again.")
+        typer.echo(
+            "`sami-cache verify --repair` moves what is damaged aside, puts back what it has a copy of, and extracts exactly "
+            "the damaged shards again."
+        )
     raise typer.Exit(1)
 
 

@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 damage or difference found; 2 could not do it; 3 the disk 
 (Ctrl-C, SIGTERM), with a state that the same command continues.
 """
 
+import signal
 import sys
 import traceback
 
@@ -42,6 +43,8 @@ def _root(
 
 def main() -> None:
     """Entry point of `sami-cache`."""
+    # A stage that holds something handles signals itself; outside of it there is nothing to finish.
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
     except SamiCacheError as error:
@@ -56,7 +59,13 @@ def main() -> None:
         sys.exit(_fail("this is a bug in sami-cache, not in your data; please report it with the lines above.", 2))
 
 
+def _interrupt(number: int, frame: object) -> None:
+    raise SystemExit(_fail("interrupted with nothing in hand; the same command goes on.", 128 + number))
+
+
 def _fail(message: str, code: int) -> int:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # the end is near, and is to be explained
     print(f"sami-cache: {message}", file=sys.stderr)
     return code
 

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipelines.jobs import Progress
 
-STAGES = {"fit": "fitting the codec", "extract": "extracting", "seal": "sealing"}
+STAGES = {
+    "check": "checking committed images",
+    "fit": "fitting the codec",
+    "extract": "extracting",
+    "stop": "stopping after the shard in hand (signal again to stop now),",
+    "seal": "sealing",
+}
 
 
 def size(count: float) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cli.cache_commands import Device, Workers
+from cli.cache_commands import Device, Grace, WeightsDigest, Workers
 from cli.output import TrainingLines, duration, size
 
 
@@ -41,6 +41,7 @@ def train(
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Take the images from --data and use no cache at all.")] = False,
     teacher: Annotated[str | None, typer.Option(help="The online teacher. Default: the cache's.")] = None,
     weights: Annotated[str | None, typer.Option(help="Of the online teacher.")] = None,
+    weights_sha256: WeightsDigest = None,
     layer: Annotated[str | None, typer.Option(help="Of the online teacher.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Of the online teacher's input. Default: 14 x its stride.")] = None,
     epochs: Annotated[float, typer.Option(help="As published: 400.")] = 400,
@@ -73,6 +74,8 @@ def train(
     evaluate_every: Annotated[int | None, typer.Option(help="Steps.")] = None,
     device: Device = "auto",
     workers: Workers = None,
+    grace: Grace = 20.0,
+    data_timeout: Annotated[float, typer.Option(help="Seconds a sample may take to be read before the run stops.")] = 120.0,
 ) -> None:
     """Pretrain a student from a cache (SAMI), from pixels (MAE), or with the teacher online.
 
@@ -93,6 +96,7 @@ def train(
         teacher_online=teacher_online,
         teacher=teacher,
         weights=weights,
+        weights_sha256=weights_sha256,
         layer=layer,
         image_size=image_size,
         epochs=epochs,
@@ -117,6 +121,8 @@ def train(
         log_every=log_every,
         checkpoint_every=checkpoint_every,
         evaluate_every=evaluate_every,
+        grace=grace,
+        data_timeout=data_timeout,
         resume=resume,
         init=init,
     )

@@ -102,6 +102,7 @@ class Embedder:
         What the teacher sees depends on the batch alone, and a batch keeps its shape when an image is missing from it, so
         that computing it again gives the same bits on the same machine.
         """
+        self.teacher.to(self.device)
         with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
             ahead = deque(self._submit(pool, batch) for batch in batches[:3])
             try:

@@ -13,14 +13,16 @@ import numpy as np
 import torch
 
 from pipelines.embedding import Embedded
-from pipelines.jobs import ExtractConfig, Job, Progress, how_to_go_on, prepare_job, stop_here
+from pipelines.jobs import ExtractConfig, Job, Progress, how_to_go_on, prepare_job
 from pipelines.plan import RESERVE_BYTES, check_space, free_space, measure
+from pipelines.sources import check_images, committed_sources
 from sami_cache import __version__
 from sami_cache.errors import DiskFullError
-from sami_cache.processes import StopSignal
-from sami_cache.store.cache import Cache, choose_layout, create_cache
+from sami_cache.processes import Interrupted, StopSignal
+from sami_cache.store.cache import Cache, choose_layout
 from sami_cache.store.codecs import Codec
 from sami_cache.store.commits import OK
+from sami_cache.store.creation import create_cache
 from sami_cache.store.writing import Commit, seal_cache, write_shard
 
 
@@ -47,15 +49,18 @@ def extract(config: ExtractConfig, on_progress: Callable[[Progress], None] = lam
     """Extract, or go on with what an earlier run of the same settings left, and seal the cache.
 
     Raises:
-        IdentityError: the cache was made with other settings or images; the differing fields are listed.
+        IdentityError: the cache was made with other settings or images; the differing fields are listed. Images are compared
+            by content, those of committed shards too, before the teacher runs.
         DiskFullError: before the start or before a shard that would not fit.
-        Interrupted: on SIGINT or SIGTERM; committed shards stay, the one in hand is abandoned.
+        Interrupted: on SIGINT or SIGTERM; committed shards stay, the one in hand is finished if it can be within the grace.
     """
     started = time.perf_counter()
-    with StopSignal(lambda: how_to_go_on(config.cache)) as stop:
+    with StopSignal(lambda: how_to_go_on(config.cache), config.grace) as stop:
         job = prepare_job(config)
+        if job.cache is not None and not config.trust_images:
+            _check_committed(job, job.cache, on_progress)
         if job.cache is None:
-            outlook = measure(job, on_progress, stop)
+            outlook = measure(job, on_progress)
             check_space(outlook, config.cache)
             job.cache = _create(job, outlook.codec)
         cache = job.cache
@@ -74,6 +79,18 @@ def extract(config: ExtractConfig, on_progress: Callable[[Progress], None] = lam
         failures=[(row["key"], row["status"]) for row in table if row["status"] != OK],
         other_writers=sum(not commit.won for commit in commits),
         differences=[commit.record.shard for commit in commits if not commit.same],
+    )
+
+
+def _check_committed(job: Job, cache: Cache, on_progress: Callable[[Progress], None]) -> None:
+    """Raise IdentityError if an image of a committed shard is no longer the one that was extracted."""
+    total = sum(len(cache.shard_samples(shard)) for shard in cache.committed()) // max(1, cache.views)
+    check_images(
+        cache,
+        job.source,
+        committed_sources(cache),
+        workers=job.embedder.workers,
+        on_progress=lambda count: on_progress(Progress(stage="check", done=min(count, total), total=total)),
     )
 
 
@@ -132,26 +149,32 @@ def run_shards(
     on_progress(progress)
     pending: Future[Commit] | None = None
     embedder, size = job.embedder, job.embedder.batch_size
+    stop.holding = True
     with ThreadPoolExecutor(1, thread_name_prefix="commit") as writer:
         parts: list[Embedded] = []
         # Batches never cross shards, so that a resumed run computes the same ones.
         runs = [cache.shard_samples(shard) for shard in missing]
         batches = [run[start : start + size] for run in runs for start in range(0, len(run), size)]
         shards = iter(missing)
-        shard = next(shards)
+        shard, embedded = next(shards), 0
         for part in embedder.embed(batches):
-            if stop.number:
-                settle(pending)
-            stop_here(stop, cache.path)
             parts.append(part)
-            if sum(len(piece.samples) for piece in parts) < len(cache.shard_samples(shard)):
-                continue
-            settle(pending)
-            _check_room(cache, shard, progress)
-            pending = writer.submit(_write, cache, shard, parts)
-            parts = []
-            shard = next(shards, -1)
+            embedded += len(part.samples)
+            left = len(cache.shard_samples(shard)) - sum(len(piece.samples) for piece in parts)
+            if not left:
+                settle(pending)
+                _check_room(cache, shard, progress)
+                pending = writer.submit(_write, cache, shard, parts)
+                parts = []
+                shard = next(shards, -1)
+            if stop.number:
+                if not left or left * (time.perf_counter() - started) / embedded > stop.seconds_left():
+                    settle(pending)
+                    raise Interrupted(how_to_go_on(cache.path), stop.number)
+                progress.stage = "stop"
+                on_progress(progress)
         settle(pending)
+    stop.holding = False
     return commits
 
 

@@ -1,6 +1,7 @@
 """Settings of an extraction, resolved against the cache that is there, and the teacher and images they name."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ import torch
 
 from pipelines.embedding import PRECISIONS, Embedder, ViewMode
 from sami_cache.data.sources import Source, open_source
-from sami_cache.errors import IdentityError, SamiCacheError
+from sami_cache.errors import DamageError, IdentityError, SamiCacheError
 from sami_cache.models.teachers import load_teacher
-from sami_cache.processes import Interrupted, StopSignal, keep_freed_memory
+from sami_cache.models.weights import check_file_digest
+from sami_cache.processes import GRACE, keep_freed_memory
 from sami_cache.store.cache import Cache, listing_digest
 from sami_cache.store.codecs import CODECS
+from sami_cache.store.files import as_damage
+from sami_cache.store.head import HEAD, is_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,8 @@ class ExtractConfig:
     cache: Path
     teacher: str
     weights: str | None = None
+    weights_sha256: str | None = None
+    """SHA-256 that the file of the weights must have."""
     layer: str | None = None
     image_size: int | None = None
     """Longest side of the teacher's input in pixels. Default: 1024 for SAM (224 for its views), grid x stride for others."""
@@ -50,6 +56,10 @@ class ExtractConfig:
     workers: int | None = None
     """Threads that read and decode images. Default: one per core, 16 at most."""
     source_kind: str | None = None
+    grace: float = GRACE
+    """Seconds that the shard in hand may take after SIGTERM or SIGINT."""
+    trust_images: bool = False
+    """Go on without reading the images of committed shards again."""
 
 
 @dataclass(kw_only=True)
@@ -57,7 +67,7 @@ class Progress:
     """A moment of an extraction."""
 
     stage: str
-    """`fit`, `extract` or `seal`."""
+    """`check` (the images of committed shards), `fit`, `extract`, `stop` (the shard in hand is finished) or `seal`."""
     done: int = 0
     total: int = 0
     """Samples, those of earlier runs included."""
@@ -86,10 +96,11 @@ class Job:
 
 def prepare_job(config: ExtractConfig) -> Job:
     """Resolve the settings against the cache that is there, load the teacher, and check that they agree."""
-    existing = Cache(config.cache) if (config.cache / "zarr.json").exists() else None
+    existing = Cache(config.cache) if is_cache(config.cache) else None
     if existing is None and config.cache.exists() and (not config.cache.is_dir() or any(config.cache.iterdir())):
         raise SamiCacheError(f"{config.cache}: exists and is not a cache. Give another --cache, or move it away.")
-    settings = _settings(config, existing.attributes if existing else None)
+    with as_damage(config.cache / HEAD, "not the head of an extraction") if existing else nullcontext():
+        settings = _settings(config, existing.attributes if existing else None)
     if settings["codec"] not in CODECS:
         raise SamiCacheError(f"codec {settings['codec']!r} is unknown; choose one of {', '.join(CODECS)}.")
     if settings["precision"] not in PRECISIONS:
@@ -99,6 +110,8 @@ def prepare_job(config: ExtractConfig) -> Job:
     source = open_source(config.data, kind=config.source_kind)
     if existing:
         _check_listing(existing, source)
+    if config.weights_sha256:
+        check_file_digest(settings["weights"], config.weights_sha256)
     teacher = load_teacher(
         config.teacher,
         weights=settings["weights"],
@@ -124,8 +137,16 @@ def prepare_job(config: ExtractConfig) -> Job:
     job = Job(config, source, embedder, existing, codec | {"fit_images": settings["fit_images"]})
     if existing:
         existing.check_identity(job.identity)
-    teacher.to(device)
     return job
+
+
+_TYPES: dict[str, Any] = dict.fromkeys(("grid", "views", "seed", "fit_images", "batch_size"), int) | {
+    "image_size": int | None,
+    "precision": str,
+    "codec": str,
+    "error": float | int,
+    "images": bool,
+}
 
 
 def _settings(config: ExtractConfig, existing: dict[str, Any] | None) -> dict[str, Any]:
@@ -163,6 +184,9 @@ def _settings(config: ExtractConfig, existing: dict[str, Any] | None) -> dict[st
             "fit_images": identity["codec"]["fit_images"],
             "batch_size": provenance["batch_size"],
         }
+    for name, value in defaults.items() if existing else ():
+        if not isinstance(value, _TYPES.get(name, str | None)):
+            raise TypeError(f"{name} is {value!r}")
     given = {name: getattr(config, name) for name in defaults if getattr(config, name) is not None}
     return {**defaults, **given, "device": device}
 
@@ -170,7 +194,9 @@ def _settings(config: ExtractConfig, existing: dict[str, Any] | None) -> dict[st
 def _check_listing(cache: Cache, source: Source) -> None:
     """Raise IdentityError unless the source lists the images the cache was made for."""
     if listing_digest(source.keys, source.labels) == cache.attributes["listing"]:
-        return
+        if len(source) * max(1, cache.views) == cache.samples:
+            return
+        raise DamageError(f"{cache.path}: its head counts {cache.samples} samples, its listing {len(source)} images")
     before, now = cache.listing["key"].to_pylist(), list(source.keys)
     lines = []
     for what, keys in (("added", set(now) - set(before)), ("removed", set(before) - set(now))):
@@ -184,11 +210,6 @@ def _check_listing(cache: Cache, source: Source) -> None:
         + "\n  ".join(lines)
         + "\nGive the --data it was made from, or another --cache to make a new one."
     )
-
-
-def stop_here(stop: StopSignal | None, cache: Path) -> None:
-    if stop is not None and stop.number:
-        raise Interrupted(how_to_go_on(cache), stop.number)
 
 
 def how_to_go_on(cache: Path) -> str:

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from pipelines.embedding import Embedded
-from pipelines.jobs import ExtractConfig, Job, Progress, prepare_job, stop_here
+from pipelines.jobs import ExtractConfig, Job, Progress, prepare_job
 from sami_cache.errors import DiskFullError, SamiCacheError
-from sami_cache.processes import StopSignal
 from sami_cache.store.cache import choose_layout
 from sami_cache.store.codecs import Codec, fit_codec
 from sami_cache.store.commits import OK
@@ -69,10 +68,10 @@ def plan(config: ExtractConfig, on_progress: Callable[[Progress], None] = lambda
     return measure(prepare_job(config), on_progress)
 
 
-def measure(job: Job, on_progress: Callable[[Progress], None] = lambda _: None, stop: StopSignal | None = None) -> Plan:
+def measure(job: Job, on_progress: Callable[[Progress], None] = lambda _: None) -> Plan:
     """Fit the codec (or take the cache's) on a random sample of the images and measure what a sample takes."""
     embedder, settings = job.embedder, job.codec_settings
-    parts, seconds = _embed_sample(job, on_progress, stop)
+    parts, seconds = _embed_sample(job, on_progress)
     samples = [sample for part in parts for sample in part.samples]
     embeddings = np.concatenate([part.embeddings for part in parts])
     good = np.array([sample.status == OK for sample in samples])
@@ -109,7 +108,7 @@ def measure(job: Job, on_progress: Callable[[Progress], None] = lambda _: None, 
     )
 
 
-def _embed_sample(job: Job, on_progress: Callable[[Progress], None], stop: StopSignal | None) -> tuple[list[Embedded], float]:
+def _embed_sample(job: Job, on_progress: Callable[[Progress], None]) -> tuple[list[Embedded], float]:
     """Embed a random sample of the images, one view each; also the seconds that a sample took, decoding included."""
     embedder = job.embedder
     views, batch = max(1, embedder.mode.views), embedder.batch_size
@@ -122,7 +121,6 @@ def _embed_sample(job: Job, on_progress: Callable[[Progress], None], stop: StopS
     seconds: list[float] = []
     done, failures, last = 0, 0, time.perf_counter()
     for part in embedder.embed([numbers[start : start + batch] for start in range(0, len(numbers), batch)]):
-        stop_here(stop, job.config.cache)
         parts.append(part)
         done += len(part.samples)
         failures += sum(sample.status != OK for sample in part.samples)

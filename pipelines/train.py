@@ -17,7 +17,8 @@ from sami_cache.loader import CacheSamples, Loader, LoaderConfig, Samples, Sourc
 from sami_cache.losses import Kind
 from sami_cache.models.students import SAMI, KeysValues, create_encoder
 from sami_cache.models.teachers import Teacher, load_teacher
-from sami_cache.processes import distributed, rank_and_world
+from sami_cache.models.weights import check_file_digest
+from sami_cache.processes import GRACE, StopSignal, distributed, rank_and_world
 from sami_cache.store.cache import Cache
 from sami_cache.tasks.sami import CacheTargets, OnlineTargets, PixelTargets, SAMIConfig, SAMITask, Target
 from sami_cache.training import TrainConfig, Trainer
@@ -42,6 +43,8 @@ class TrainingConfig:
     teacher: str | None = None
     """Online teacher; by default the cache's."""
     weights: str | None = None
+    weights_sha256: str | None = None
+    """SHA-256 that the file of the weights must have."""
     layer: str | None = None
     image_size: int | None = None
     """Of the online teacher's input, pixels; by default 14 cells' worth."""
@@ -72,6 +75,10 @@ class TrainingConfig:
     log_every: int | None = None
     checkpoint_every: int | None = None
     evaluate_every: int | None = None
+    grace: float = GRACE
+    """Seconds that the step in hand and its checkpoint may take after SIGTERM or SIGINT."""
+    data_timeout: float = 120.0
+    """Seconds a sample may take to be read and prepared before the run stops with an error."""
     resume: bool = False
     """Continue the run in `run`."""
     init: Path | None = None
@@ -94,7 +101,8 @@ def train(
     on_start: Callable[[Prepared], None] = lambda prepared: None,
 ) -> dict[str, Any]:
     """Run or continue a pretraining; returns the last line of its log. Raises what `Trainer` and the loader raise."""
-    with distributed(config.device) as device:
+    nothing_yet = "interrupted before the first step; the same command starts, or with --resume goes on."
+    with StopSignal(lambda: nothing_yet), distributed(config.device) as device:
         prepared = prepare(config, device)
         trainer = Trainer(
             prepared.task,
@@ -105,6 +113,7 @@ def train(
             settings=prepared.settings,
             free_fields=FREE_FIELDS,
             on_log=on_log,
+            grace=config.grace,
         )
         if config.init is not None and trainer.step == 0:
             load_weights(prepared.task.model, config.init)
@@ -132,6 +141,7 @@ def prepare(config: TrainingConfig, device: torch.device) -> Prepared:
         teacher_size=teacher.info.image_size if teacher else None,
         teacher_interpolation=teacher.info.interpolation if teacher else "bilinear",
         threads=config.workers,
+        timeout=config.data_timeout,
     )
     loader = Loader(samples, chosen, loader_config, rank=rank, world=world)
     steps = config.steps or max(1, round(config.epochs * loader.steps_per_epoch))
@@ -217,6 +227,8 @@ def _teacher(config: TrainingConfig, cache: Cache | None) -> Teacher:
     weights = config.weights or (cache.attributes["provenance"]["weights"] if cache and same else None)
     layer = config.layer or (known.get("layer") if same else None)
     size = config.image_size or 14 * (known["stride"] if same else 16)
+    if config.weights_sha256:
+        check_file_digest(weights, config.weights_sha256)
     teacher = load_teacher(name, weights=weights, layer=layer, image_size=size, grid=14)
     if same and teacher.info.weights_sha256 != known["weights_sha256"]:
         raise SamiCacheError(

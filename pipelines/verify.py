@@ -1,19 +1,25 @@
 """Verification of a cache with everything that needs more than the cache: its sources, its teacher, and repair."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 
+from pipelines.sources import check_images, committed_sources, compare_images
 from sami_cache.data.sources import Source, open_source
-from sami_cache.errors import ImageError, SamiCacheError
+from sami_cache.errors import DamageError, SamiCacheError
 from sami_cache.store.cache import Cache
 from sami_cache.store.commits import OK
-from sami_cache.store.files import digest, move_aside
+from sami_cache.store.files import as_damage, disk_full_as_error, move_aside
+from sami_cache.store.head import HEAD, STATIC_FILES
 from sami_cache.store.integrity import Finding, Report, verify_cache
-from sami_cache.store.writing import quarantine_shard, seal_cache
+from sami_cache.store.repair import quarantine_shard, restore_static
+from sami_cache.store.spare import SPARE
+from sami_cache.store.writing import seal_cache
 
 if TYPE_CHECKING:  # torch takes longer to load than a small cache to verify, and only audit and repair need it
     from pipelines.jobs import Job, Progress
@@ -40,6 +46,8 @@ class VerifyConfig:
     """Where the images are; by default where they were at extraction."""
     weights: str | None = None
     """Of the teacher; by default those named at extraction."""
+    weights_sha256: str | None = None
+    """That the file of the weights must have."""
     device: str = "auto"
     workers: int | None = None
 
@@ -63,8 +71,10 @@ class Verification:
     audit: Audit | None = None
     repaired: list[int] = field(default_factory=list)
     """Shards that were extracted again."""
+    restored: list[str] = field(default_factory=list)
+    """Files that were put back from the copy that the cache keeps."""
     moved: list[str] = field(default_factory=list)
-    """Where their files are now."""
+    """Where what was there before is now."""
 
 
 def verify(
@@ -72,22 +82,24 @@ def verify(
     on_progress: Callable[[int, int, int], None] | None = None,
     on_extract: "Callable[[Progress], None]" = lambda _: None,
 ) -> Verification:
-    """Check a cache and, if asked, mend it: damaged shards go to quarantine and exactly those are extracted again.
+    """Check a cache and, if asked, mend it: what is damaged goes to quarantine; files of the cache itself are put back from
+    their copies, shards are extracted again, exactly the damaged ones.
 
     Raises SamiCacheError where a check cannot be made (no cache, images or weights gone); damage is reported, not raised.
     """
     report = verify_cache(config.cache, level=config.level, expected_root=config.root, on_progress=on_progress)
     result = Verification(report=report)
-    if config.repair and report.findings:
-        _repair(config, result, on_extract)
-        report = verify_cache(config.cache, level=config.level, expected_root=config.root, on_progress=on_progress)
-        result.report = report
+    for _ in range(2):  # what is foreign to a cache can only be told once it is sealed
+        if config.repair and report.findings:
+            _repair(config, result, on_extract)
+            report = verify_cache(config.cache, level=config.level, expected_root=config.root, on_progress=on_progress)
+            result.report = report
     if config.sources or config.audit:
-        if any(finding.path == "zarr.json" for finding in report.findings):
+        if any(finding.path == HEAD for finding in report.findings):
             raise SamiCacheError(f"{config.cache}: its head is damaged, so neither sources nor teacher can be checked.")
         cache = Cache(config.cache)
         if config.sources:
-            report.findings += check_sources(cache, open_source(_data(config, cache)))
+            report.findings += check_sources(cache, open_source(_data(config, cache)), config.workers)
         if config.audit:
             result.audit = _audit(config, cache, report)
         done = {"--sources": config.sources, "--audit": config.audit}
@@ -95,23 +107,9 @@ def verify(
     return result
 
 
-def check_sources(cache: Cache, source: Source) -> list[Finding]:
+def check_sources(cache: Cache, source: Source, workers: int | None = None) -> list[Finding]:
     """Compare every image with the digest in its commit record; one finding for each way in which they differ."""
-    where = {key: index for index, key in enumerate(source.keys)}
-    missing, changed, seen = [], [], set()
-    for record in cache.records():
-        for sample in record.samples:
-            if sample.source is None or sample.key in seen:
-                continue
-            seen.add(sample.key)
-            if sample.key not in where:
-                missing.append(sample.key)
-                continue
-            try:
-                if digest(source.read(where[sample.key])) != sample.source:
-                    changed.append(sample.key)
-            except ImageError:
-                missing.append(sample.key)
+    missing, changed = compare_images(source, committed_sources(cache), workers=workers)
     place = str(source.location)
     findings = []
     if missing:
@@ -129,7 +127,8 @@ def centred_cosine(stored: np.ndarray, fresh: np.ndarray, mean: np.ndarray) -> n
 
 
 def _data(config: VerifyConfig, cache: Cache) -> Path:
-    return config.data or Path(cache.attributes["provenance"]["data"])
+    with as_damage(cache.path / HEAD, "does not say where the images lay; give --data"):
+        return config.data or Path(cache.attributes["provenance"]["data"])
 
 
 def _job(config: VerifyConfig) -> "Job":
@@ -143,6 +142,7 @@ def _job(config: VerifyConfig) -> "Job":
             cache=config.cache,
             teacher=cache.identity["teacher"]["name"],
             weights=config.weights,
+            weights_sha256=config.weights_sha256,
             device=config.device,
             workers=config.workers,
             source_kind=cache.identity["source_kind"],
@@ -178,31 +178,51 @@ def _audit(config: VerifyConfig, cache: Cache, report: Report) -> Audit:
 
 
 def _repair(config: VerifyConfig, result: Verification, on_extract: "Callable[[Progress], None]") -> None:
+    """First what needs no images: files that belong to no shard make way, those with a copy are put back. Then the shards."""
     from pipelines.extract import run_shards
     from pipelines.jobs import how_to_go_on
     from sami_cache.processes import StopSignal
 
-    named = [finding.path for finding in result.report.findings]
-    static = [path for path in named if path == "zarr.json"] or [
-        path for path in named if path in Cache(config.cache).attributes["files"]
-    ]
-    if static:
-        raise SamiCacheError(
-            f"{config.cache}: {', '.join(static)} cannot be mended from the images; extract into a new cache, or restore the "
-            "files from a copy."
-        )
     with StopSignal(lambda: how_to_go_on(config.cache)) as stop:
-        job = _job(config)  # before anything is moved: without images and teacher nothing can be repaired
-        cache = job.cache
-        if cache is None:
-            raise SamiCacheError(f"{config.cache}: there is no cache to repair.")
-        for finding in result.report.findings:
-            if finding.foreign:
-                result.moved.append(str(move_aside(cache.path / finding.path, cache.path / "quarantine")))
+        tried: set[str] = set()
+        while todo := [
+            finding
+            for finding in result.report.findings
+            if (finding.foreign or finding.path in (HEAD, SPARE, *STATIC_FILES)) and finding.path not in tried
+        ]:
+            tried |= {finding.path for finding in todo}
+            with disk_full_as_error(config.cache, "putting files back"):
+                for finding in todo:
+                    if finding.foreign:
+                        result.moved.append(str(move_aside(config.cache / finding.path, config.cache / "quarantine")))
+                restored, moved = restore_static(config.cache)
+            result.restored += restored
+            result.moved += [str(path) for path in moved]
+            result.report = verify_cache(config.cache, level=config.level, expected_root=config.root)
+        cache = Cache(config.cache)
         damaged = result.report.damaged_shards
-        for shard in damaged:
-            result.moved += [str(path) for path in quarantine_shard(cache, shard)]
         if damaged:
+            # Before anything is moved: without images and teacher no shard can be repaired, with other images none should be.
+            job = _job(config)
+            check_images(cache, job.source, _sources_of(cache, damaged), workers=config.workers)
+            with disk_full_as_error(config.cache, "moving damaged shards aside"):
+                for shard in damaged:
+                    result.moved += [str(path) for path in quarantine_shard(cache, shard)]
             run_shards(job, cache, damaged, on_extract, stop)
-            result.repaired = damaged
-        seal_cache(cache)
+            result.repaired += damaged
+        if result.report.findings:
+            seal_cache(cache)
+
+
+def _sources_of(cache: Cache, shards: list[int]) -> Iterator[dict[str, str]]:
+    """What is still known of the images of these shards: from the manifest, or from the records that are whole."""
+    with suppress(DamageError):
+        root = cache.root()
+        if root is not None:
+            table = cache.manifest(root)
+            rows = table.filter(pa.array(np.isin(table["shard"].to_numpy(), shards))).select(["key", "source"]).to_pylist()
+            yield {row["key"]: row["source"] for row in rows if row["source"]}
+            return
+    for shard in shards:
+        with suppress(DamageError):
+            yield {sample.key: sample.source for sample in cache.record(shard).samples if sample.source}

@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sami_cache.errors import DamageError, DiskFullError, IdentityError, SamiCacheError
+from sami_cache.errors import DamageError, DiskFullError, IdentityError, SamiCacheError, one_line
+from sami_cache.store.files import open_to_read, read_file
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _UNFINISHED = ".unfinished-"
@@ -91,11 +92,14 @@ def save_checkpoint(
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read and check one checkpoint. Raises `DamageError` naming the file that is missing or not as it was written."""
     try:
-        sealed = json.loads((path / STATE).read_bytes())
+        sealed = json.loads(read_file(path / STATE))
         state = sealed["state"]
         if sealed["blake3"] != _digest_json(state):
             raise DamageError(f"{path / STATE}: the content is not what its digest says")
+        if not (isinstance(state["step"], int) and isinstance(state["config"], dict) and isinstance(state["progress"], dict)):
+            raise TypeError("step, config or progress of another type")
         for name in (MODEL, OPTIMIZER):
+            os.close(open_to_read(path / name))  # a pipe in its place would be waited for
             if (found := _fingerprint(path / name)) != state["files"][name]:
                 raise DamageError(f"{path / name}: expected {state['files'][name]}, found {found}")
         return Checkpoint(
@@ -106,8 +110,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
             model={name: tensor.clone() for name, tensor in load_file(path / MODEL).items()},
             optimizer={name: tensor.clone() for name, tensor in load_file(path / OPTIMIZER).items()},
         )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise DamageError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        raise DamageError(f"{path}: not a readable checkpoint ({type(error).__name__}: {one_line(error)})") from error
 
 
 def load_newest(folder: Path, on_damage: Callable[[str], None] = lambda message: None) -> Checkpoint | None:
@@ -188,9 +192,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix != ".safetensors":
         raise SamiCacheError(f"{path}: expected a .safetensors file; pickles can run code and are not read")
     try:
+        os.close(open_to_read(path))
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise DamageError(f"{path}: not readable as safetensors ({error})") from error
+        raise DamageError(f"{path}: not readable as safetensors ({one_line(error)})") from error
 
 
 def fsync(path: Path) -> None:

@@ -11,6 +11,12 @@ class SamiCacheError(Exception):
     exit_code = 2
 
 
+def one_line(text: object, limit: int = 300) -> str:
+    """Text from a file that others made, fit to be part of a message: printable, on one line, of bounded length."""
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text)[:limit])
+    return shown if len(str(text)) <= limit else f"{shown}..."
+
+
 class ImageError(SamiCacheError):
     """One image cannot be used. The message is the reason that the commit record keeps."""
 

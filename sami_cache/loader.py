@@ -8,7 +8,7 @@ import io
 import os
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,6 +24,7 @@ from sami_cache.errors import DamageError, IdentityError, ImageError, SamiCacheE
 from sami_cache.store.cache import Cache
 from sami_cache.store.commits import OK
 from sami_cache.store.files import digest
+from sami_cache.workers import LoaderError, Workers
 
 EVALUATION_EPOCH = 2**31 - 1
 
@@ -72,6 +73,7 @@ class CacheSamples:
                 "extract` command to finish it, then train."
             )
         table = cache.table()
+        self._records = table["record"].take(list(range(0, len(table), cache.layout.shard_samples))).to_pylist()
         self.keys = table["key"].to_pylist()
         self.labels = table["label"].to_pylist()
         self.usable = np.array([status == OK for status in table["status"].to_pylist()])
@@ -81,6 +83,11 @@ class CacheSamples:
     def load(self, shard: int) -> LoadedShard:
         """Read a shard. Raises DamageError where a byte is not the one committed."""
         record = self.cache.record(shard)
+        if record.digest != self._records[shard]:
+            raise DamageError(
+                f"{self.cache.record_path(shard)}: is not the record that the cache was sealed with. `sami-cache verify "
+                "--repair` mends what the images can mend."
+            )
         images = (
             self.cache.read_jpegs(shard) if self.cache.has_images else [self._read(s.key, s.source) for s in record.samples]
         )
@@ -158,6 +165,8 @@ class LoaderConfig:
     open_shards: int = 8
     """Shards that samples are drawn across; up to twice as many lie decoded in memory, 17 to 34 MB each at full size."""
     threads: int | None = None
+    timeout: float = 120.0
+    """Seconds that a sample may take to come, when it is waited for."""
 
 
 def epoch_order(usable: np.ndarray, shard_samples: int, *, seed: int, epoch: int, open_shards: int) -> np.ndarray:
@@ -232,36 +241,48 @@ class Loader:
     def _serve(self, plan: Iterator[tuple[int, np.ndarray]]) -> Iterator[Batch]:
         """Prepare the planned batches in threads, a few ahead of the one that is handed out."""
         # Shards have threads of their own: a sample waits for its shard, and must not hold the thread the shard needs.
-        with (
-            ThreadPoolExecutor(self.threads, thread_name_prefix="sample") as pool,
-            ThreadPoolExecutor(max(1, self.threads // 2), thread_name_prefix="shard") as readers,
-        ):
-            ahead: deque[tuple[np.ndarray, list[Future[_Row]]]] = deque()
-            try:
-                for epoch, numbers in plan:
-                    ahead.append((numbers, self._submit(pool, readers, epoch, numbers)))
-                    if len(ahead) > 3:
-                        yield self._collate(*ahead.popleft())
-                while ahead:
-                    yield self._collate(*ahead.popleft())
-            finally:
-                self._shards.clear()
-                pool.shutdown(wait=False, cancel_futures=True)
-                readers.shutdown(wait=False, cancel_futures=True)
+        pools = Workers(self.threads, "sample"), Workers(max(1, self.threads // 2), "shard")
+        ahead: deque[tuple[np.ndarray, list[Future[_Row]]]] = deque()
 
-    def _submit(
-        self, pool: ThreadPoolExecutor, readers: ThreadPoolExecutor, epoch: int, numbers: np.ndarray
-    ) -> "list[Future[_Row]]":
+        def collate() -> Batch:
+            numbers, futures = ahead.popleft()
+            return self._collate(numbers, [self._row_of(n, f, pools) for n, f in zip(numbers.tolist(), futures, strict=True)])
+
+        try:
+            for epoch, numbers in plan:
+                ahead.append((numbers, self._submit(*pools, epoch, numbers)))
+                if len(ahead) > 3:
+                    yield collate()
+            while ahead:
+                yield collate()
+        finally:
+            self._shards.clear()
+            for pool in pools:
+                pool.close()
+
+    def _row_of(self, number: int, future: "Future[_Row]", pools: "tuple[Workers, Workers]") -> "_Row":
+        """The prepared sample. Raises LoaderError if it does not come in time."""
+        try:
+            return future.result(self.config.timeout)
+        except TimeoutError:
+            busy = "; ".join(line for pool in reversed(pools) for line in pool.at_work()[:2]) or "no worker is at it"
+            raise LoaderError(
+                f"sample {self.samples.keys[number]!r} of shard {number // self.samples.shard_samples} was not there after "
+                f"{self.config.timeout:g} s ({busy}). Check the disk and the network it lies on, or wait longer with "
+                "--data-timeout; --resume goes on from the last checkpoint."
+            ) from None
+
+    def _submit(self, pool: Workers, readers: Workers, epoch: int, numbers: np.ndarray) -> "list[Future[_Row]]":
         rows = []
         for number in numbers.tolist():
             shard, place = divmod(number, self.samples.shard_samples)
             loaded = self._shards.get(shard)
             if loaded is None:
-                loaded = self._shards[shard] = readers.submit(self.samples.load, shard)
+                loaded = self._shards[shard] = readers.submit(f"shard {shard}", self.samples.load, shard)
                 while len(self._shards) > 2 * self.config.open_shards:
                     self._shards.popitem(last=False)
             self._shards.move_to_end(shard)
-            rows.append(pool.submit(self._row, loaded, place, number, epoch))
+            rows.append(pool.submit(f"sample {self.samples.keys[number]!r}", self._row, loaded, place, number, epoch))
         return rows
 
     def _row(self, loaded: Future[LoadedShard], place: int, number: int, epoch: int) -> "_Row":
@@ -294,8 +315,7 @@ class Loader:
             else None,
         )
 
-    def _collate(self, numbers: np.ndarray, futures: "list[Future[_Row]]") -> Batch:
-        rows = [future.result() for future in futures]
+    def _collate(self, numbers: np.ndarray, rows: "list[_Row]") -> Batch:
         codes = [row.codes for row in rows if row.codes is not None]
         teacher = [row.teacher_pixels for row in rows if row.teacher_pixels is not None]
         return Batch(

@@ -1,9 +1,11 @@
 """What reaches a training process from outside: the other ranks, and signals."""
 
 import ctypes
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -15,6 +17,8 @@ from torch import Tensor
 from sami_cache.errors import SamiCacheError
 
 T = TypeVar("T")
+GRACE = 20.0
+"""Seconds to finish what is in hand after a signal: schedulers send SIGKILL 30 seconds after SIGTERM, if not later."""
 
 
 class Interrupted(SamiCacheError):
@@ -86,32 +90,53 @@ def from_first_rank(ask: Callable[[], T], device: torch.device) -> T:
 
 
 class StopSignal:
-    """While the block runs, SIGTERM and SIGINT are noted in `number`; a second one raises `Interrupted` where it strikes.
+    """While the block runs, SIGTERM and SIGINT end it with `Interrupted`, once what is in hand is finished.
 
-    A third ends the process wherever it is stuck. Outside the main thread, where Python allows no handlers, nothing is noted.
+    Where nothing is in hand (`holding` is False) the first signal raises at once. Else it is noted in `number`, and whoever
+    holds something finishes it and stops; when `grace` seconds have passed, or at a second signal, `Interrupted` is raised
+    wherever the program is. A further signal ends the process even if it is stuck. Outside the main thread, where Python
+    allows no handlers, nothing is noted.
     """
 
-    def __init__(self, describe: Callable[[], str]):
+    def __init__(self, describe: Callable[[], str], grace: float = GRACE):
+        """
+        Args:
+            describe: what the user is told when something is abandoned.
+            grace: seconds.
+        """
         self.number = 0
-        self._describe = describe
+        self.holding = False
+        self._describe, self._grace, self._deadline = describe, grace, math.inf
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._previous:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def seconds_left(self) -> float:
+        """Of the grace; infinite as long as there was no signal."""
+        return self._deadline - time.monotonic()
+
     def _handle(self, number: int, frame: object) -> None:
-        if self.number:
-            for each in self._previous:
-                signal.signal(each, signal.SIG_DFL)
-            raise Interrupted(self._describe(), number)
+        if number == signal.SIGALRM:
+            number = self.number
+        elif not self.number and self.holding and self._grace > 0:
+            self.number, self._deadline = number, time.monotonic() + self._grace
+            signal.setitimer(signal.ITIMER_REAL, self._grace)
+            return
         self.number = number
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+        raise Interrupted(self._describe(), number)
 
 
 def is_first_process() -> bool:

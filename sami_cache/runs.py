@@ -21,6 +21,7 @@ import torch
 
 from sami_cache.checkpoints import Checkpoint, fsync, load_newest, set_aside_after
 from sami_cache.errors import DamageError, IdentityError, SamiCacheError
+from sami_cache.store.files import read_file
 
 _log = getLogger(__name__)
 _HIDDEN = (".lock", "config.json.unfinished")
@@ -121,8 +122,11 @@ def _lock(run_dir: Path) -> IO[str]:
 
 def _read_settings(run_dir: Path) -> dict[str, Any]:
     try:
-        return json.loads((run_dir / "config.json").read_bytes())["config"]
-    except (ValueError, KeyError, TypeError) as error:
+        config = json.loads(read_file(run_dir / "config.json"))["config"]
+        if isinstance(config, dict):
+            return config
+        raise TypeError("config is no object")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamageError(f"{run_dir / 'config.json'} cannot be read ({error}): start in another directory") from error
 
 

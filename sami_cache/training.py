@@ -31,7 +31,7 @@ from sami_cache.checkpoints import (
 )
 from sami_cache.errors import SamiCacheError
 from sami_cache.optimizer import NamedAdamW
-from sami_cache.processes import Interrupted, StopSignal, average, from_first_rank, largest, rank_and_world
+from sami_cache.processes import GRACE, Interrupted, StopSignal, average, from_first_rank, largest, rank_and_world
 from sami_cache.runs import RunLog, open_run, surroundings
 
 # They change what is watched and kept, never what is computed.
@@ -129,7 +129,7 @@ class Trainer:
     checkpoint, or starts where there is none. `settings` is the caller's resolved configuration: like JSON, everything that
     changes the numbers. With `config`, under "train", it is saved, and a resumed run must bring the same but for
     `free_fields`: dotted names such as "loader.workers"; "loader" frees all below it. `on_log` gets every line of
-    `metrics.jsonl`, on rank 0.
+    `metrics.jsonl`, on rank 0. `grace`: seconds that the step in hand and its checkpoint may take after a signal.
 
     Raises `IdentityError` listing the fields that differ, `DamageError` where no checkpoint is intact, else `SamiCacheError`.
     """
@@ -145,6 +145,7 @@ class Trainer:
         settings: Mapping[str, Any] | None = None,
         free_fields: tuple[str, ...] = (),
         on_log: Callable[[dict[str, Any]], None] = lambda line: None,
+        grace: float = GRACE,
     ):
         self.task, self.config, self.run_dir, self.device, self.on_log = task, config, Path(run_dir), device, on_log
         self.rank, self.world = rank_and_world()
@@ -156,7 +157,7 @@ class Trainer:
         self.settings = json.loads(json.dumps({**(settings or {}), "train": asdict(config)}))
         self._lock: IO[str] | None = None
         self._ddp: DistributedDataParallel | None = None
-        self._stop = StopSignal(self._describe_abandoned)
+        self._stop = StopSignal(self._describe_abandoned, grace)
         checkpoint = self._open_run(resume, (*FREE_FIELDS, *free_fields))
         self.step = checkpoint.step if checkpoint else 0
         self._seconds = checkpoint.progress["seconds"] if checkpoint else 0.0
@@ -177,13 +178,15 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the last step and return the last line logged.
 
-        On the first SIGTERM or SIGINT: finishes the step in hand, writes a checkpoint, raises `Interrupted`; on the second:
-        raises it at once. Raises `NotFiniteError` with the step where the loss was not finite; nothing is saved from then on.
+        On the first SIGTERM or SIGINT: finishes the step in hand, writes a checkpoint, raises `Interrupted`; on the second, or
+        when the grace has passed: raises it at once. Raises `NotFiniteError` with the step where the loss was not finite;
+        nothing is saved from then on.
         """
         with ExitStack() as stack:
             if self._lock is not None:
                 stack.callback(self._lock.close)
             stack.enter_context(self._stop)
+            self._stop.holding = True
             self._run_log = stack.enter_context(closing(RunLog(self.run_dir, self.step))) if self.rank == 0 else None
             self._last_line = self._run_log.last if self._run_log else {}
             self._started = time.perf_counter()

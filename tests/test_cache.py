@@ -19,9 +19,12 @@ from conftest import (
 
 from sami_cache.errors import DamageError, DiskFullError, IdentityError, SamiCacheError
 from sami_cache.store import cache as cache_module
-from sami_cache.store.cache import Cache, create_cache, identity_difference
+from sami_cache.store import creation
+from sami_cache.store.cache import Cache
 from sami_cache.store.codecs import fit_codec
+from sami_cache.store.creation import create_cache
 from sami_cache.store.files import digest, write_durably
+from sami_cache.store.head import identity_difference
 from sami_cache.store.integrity import verify_cache
 
 # ---- creating
@@ -36,7 +39,7 @@ def test_creating_is_complete_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path, data)
 
-    monkeypatch.setattr(cache_module, "write_durably", fail_late)
+    monkeypatch.setattr(creation, "write_durably", fail_late)
     with pytest.raises(DiskFullError, match=r"the disk is full .* while making the cache"):
         new_cache(tmp_path / "c.zarr")
     assert list(tmp_path.iterdir()) == []
@@ -44,7 +47,7 @@ def test_creating_is_complete_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_reader_never_sees_half_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed at any point before the rename, nothing has the cache's name."""
-    monkeypatch.setattr(cache_module.os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(creation.os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         new_cache(tmp_path / "c.zarr")
     assert not (tmp_path / "c.zarr").exists()
@@ -206,7 +209,7 @@ def test_another_codec_or_listing_under_a_resealed_head_is_refused(tmp_path: Pat
         opened = Cache(cache.path)
         with pytest.raises(DamageError, match=f"{name.split('/')[0]}: is not the .* that the head names"):
             use(opened)
-        assert [finding.path for finding in verify_cache(cache.path, expected_root=root).findings] == ["zarr.json"]
+        assert [finding.path for finding in verify_cache(cache.path, expected_root=root).findings] == ["zarr.json", "spare.tar"]
         (cache.path / name).write_bytes(before)
 
 

@@ -12,7 +12,7 @@ from conftest import (
 
 from sami_cache.store.cache import Cache
 from sami_cache.store.files import move_aside, publish, write_durably
-from sami_cache.store.writing import quarantine_shard
+from sami_cache.store.repair import quarantine_shard
 
 
 class Spy:

@@ -63,7 +63,8 @@ def test_the_audit_refuses_another_teacher(folder, original):
 def test_the_audit_notices_stored_nonsense(folder):
     """Consistent bytes, wrong numbers: a cache whose samples were shuffled before it was sealed passes all but the audit."""
     from sami_cache.store.commits import Sample
-    from sami_cache.store.writing import quarantine_shard, seal_cache, write_shard
+    from sami_cache.store.repair import quarantine_shard
+    from sami_cache.store.writing import seal_cache, write_shard
 
     cache = Cache(folder / "cache.zarr")
     record = cache.record(1)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,13 +23,15 @@ from conftest import (
 from sami_cache.errors import DamageError, DiskFullError, SamiCacheError
 from sami_cache.store import cache as cache_module
 from sami_cache.store import writing
-from sami_cache.store.cache import Cache, create_cache
+from sami_cache.store.cache import Cache
 from sami_cache.store.codecs import fit_codec
+from sami_cache.store.creation import create_cache
 from sami_cache.store.files import publish, write_durably
 from sami_cache.store.images import pack_images
 from sami_cache.store.integrity import verify_cache
+from sami_cache.store.repair import quarantine_shard
 from sami_cache.store.shards import pack_shard
-from sami_cache.store.writing import quarantine_shard, seal_cache, write_shard
+from sami_cache.store.writing import seal_cache, write_shard
 
 
 def test_a_commit_is_read_back_as_it_was_written(tmp_path: Path) -> None:
@@ -112,6 +115,60 @@ def test_a_writer_overtaken_at_any_step_leaves_the_others_commit_whole(
         fill_shard(cache, shard)
     seal_cache(cache)
     assert verify_cache(cache.path, level="deep").findings == []
+
+
+def write_in_thread(cache: Cache, name: str, found: dict, done: threading.Event | None = None, bad=(), noise=0.0):
+    """A writer in a thread called `name`, whose codes differ by a few where there is noise."""
+
+    def write() -> None:
+        own = Cache(cache.path)
+        embeddings, keys = embeddings_of(own, 0), keys_of(own, 0)
+        shaken = np.random.default_rng(0).normal(size=embeddings.shape) * noise * own.codec.step[0]
+        jpegs = [None if index in bad else key.encode() for index, key in enumerate(keys)]
+        found[name] = write_shard(own, 0, embeddings + shaken.astype(np.float32), make_samples(keys, bad), jpegs)
+        if done:
+            done.set()
+
+    thread = threading.Thread(target=write, name=name)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("torn", [False, True], ids=["another image read", "torn leftover"])
+def test_of_two_live_writers_that_disagree_the_records_files_stay(tmp_path: Path, monkeypatch, torn: bool) -> None:
+    """B moves aside what A has published, before A's record is there to tell it not to; then A commits, and B goes on."""
+    cache = new_cache(tmp_path / "c.zarr")
+    if torn:
+        (cache.path / "codes" / "0.0.0.0").write_bytes(b"torn")
+    a_ready, b_saw, b_moved, a_done = (threading.Event() for _ in range(4))
+    real_bytes, real_move = writing.record_bytes, writing.move_aside
+
+    def in_b() -> bool:
+        return threading.current_thread().name == "B"
+
+    def record_bytes(record):
+        (b_moved if in_b() else a_ready).set()
+        assert (a_done if in_b() else b_moved).wait(10)
+        return real_bytes(record)
+
+    def move_aside(*arguments):
+        if torn:
+            if in_b():
+                b_saw.set()
+            assert (a_ready if in_b() else b_saw).wait(10)
+        return real_move(*arguments)
+
+    monkeypatch.setattr(writing, "record_bytes", record_bytes)
+    monkeypatch.setattr(writing, "move_aside", move_aside)
+    found: dict = {}
+    a = write_in_thread(cache, "A", found, a_done)
+    if not torn:
+        assert a_ready.wait(10)
+    b = write_in_thread(cache, "B", found, bad=() if torn else (3,), noise=0.02 if torn else 0.0)
+    a.join()
+    b.join()
+    assert (found["A"].won, found["B"].won) == (True, False)
+    assert [finding.path for finding in verify_cache(cache.path, level="deep").findings if finding.shard == 0] == []
 
 
 def test_a_committed_file_that_was_moved_by_mistake_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ _BACKGROUND = (255, 255, 255)
 
 # By content, never by file name. The plugins are called directly, not through Image.open: that one warns of large images, and
 # a warning can be neither caught nor silenced for one thread alone. Plain JpegImageFile gives the first picture of an MPO.
+_MAX_SCANS = 250
 _FORMATS: list[tuple[re.Pattern[bytes], Callable[[io.BytesIO], ImageFile]]] = [
     (re.compile(rb"\xff\xd8\xff"), JpegImagePlugin.JpegImageFile),
     (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImagePlugin.PngImageFile),
@@ -102,6 +103,9 @@ def encode_jpeg(image: Image.Image, *, short_side: int = 256, quality: int = 90)
 
 
 def _opener(data: bytes) -> Callable[[io.BytesIO], ImageFile]:
+    # A photograph has about ten; thousands, in one small file, take minutes to decode.
+    if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > _MAX_SCANS:
+        raise ImageError(f"too many scans: expected at most {_MAX_SCANS} in a progressive JPEG")
     for magic, opener in _FORMATS:
         if magic.match(data):
             return opener

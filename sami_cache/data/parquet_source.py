@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sami_cache.data.source import Source, file_text, open_regular
-from sami_cache.errors import ImageError, SamiCacheError
+from sami_cache.errors import ImageError, SamiCacheError, one_line
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "picture", "photo", "bytes")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "class_id", "cls", "target")
@@ -80,6 +80,8 @@ class ParquetSource(Source):
         run, row = divmod(row, file.run_rows[group])
         with self._lock:
             table = self._run(number, group, run)
+        if row >= len(table):
+            raise ImageError(f"row group {group} ends early")
         data, path = file.image(table, row)
         if data is None:
             raise ImageError("no image bytes" + (f", only a path: {file_text(path)}" if path else ""))
@@ -123,16 +125,17 @@ class _ParquetLayout:
         try:
             with self._open() as parquet:
                 schema, footer = parquet.schema_arrow, parquet.metadata
+                self._check_rows(footer)
                 self.column = self._image_column(schema)
                 features = self._features(schema)
                 label = self._label_column(schema, features)
                 values = [] if label is None else parquet.read(columns=[label]).column(label).to_pylist()
-        except (pa.ArrowException, OSError, ImageError) as error:
+        except (pa.ArrowException, OSError, ImageError, LookupError, ValueError, OverflowError, MemoryError) as error:
             raise SamiCacheError(
-                f"{file_text(path)} is not a whole Parquet file: {error}. Fetch it again or move it away"
+                f"{file_text(path)} is not a whole Parquet file: {one_line(error)}. Fetch it again or move it away"
             ) from error
         self.rows = footer.num_rows
-        self.labels = [value if value is not None and value >= 0 else None for value in values] or [None] * self.rows
+        self.labels = [value if value is not None and 0 <= value < 1 << 63 else None for value in values] or [None] * self.rows
         self.class_names = None if label is None else features.get(label)
         groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
         self.starts = np.cumsum([0, *(group.num_rows for group in groups)]).tolist()
@@ -143,6 +146,12 @@ class _ParquetLayout:
         # As bytes: pyarrow cannot spell a name that is not UTF-8. Buffered, so that a large column is streamed page by page.
         file = pa.OSFile(os.fsencode(self.path))  # pyright: ignore[reportArgumentType]
         return pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
+
+    def _check_rows(self, footer: pq.FileMetaData) -> None:
+        """A footer can claim any number of rows; an image takes a byte at least."""
+        groups, size = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)], os.stat(self.path).st_size
+        if min(groups, default=0) < 0 or sum(groups) != footer.num_rows or footer.num_rows > size:
+            raise ValueError(f"its footer claims {footer.num_rows} rows in {len(groups)} groups of together {sum(groups)}")
 
     def stream(self, group: int) -> Iterator[pa.Table]:
         """The image column of row group `group` in runs of run_rows[group] rows (the last may be shorter)."""
@@ -190,6 +199,8 @@ class _ParquetLayout:
                 f"column named {', '.join(_IMAGE_COLUMNS)}; found {file_text(have)}"
             )
         self._nested = bool(nested)
+        if found.count(preferred[0]) > 1:
+            raise SamiCacheError(f"{file_text(self.path)} has several columns named {file_text(preferred[0])!r}: rename one")
         return preferred[0]
 
     def _run_rows(self, group: pq.RowGroupMetaData, run_bytes: int) -> int:
@@ -204,7 +215,7 @@ class _ParquetLayout:
             features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
             labels = {name: value for name, value in features.items() if value.get("_type") == "ClassLabel"}
             return {name: list(map(str, value["names"])) if value.get("names") else None for name, value in labels.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):  # no more than a hint, written by many tools
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # no more than a hint, written by many tools
             return {}
 
     @staticmethod

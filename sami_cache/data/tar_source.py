@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sami_cache.data.source import IMAGE_EXTENSIONS, Source, check_encoded_size, file_text, open_regular
-from sami_cache.errors import ImageError, SamiCacheError
+from sami_cache.errors import ImageError, SamiCacheError, one_line
 
 
 class TarSource(Source):
@@ -87,9 +87,9 @@ def _index_tar(path: str) -> list[tuple[str, int, int, int | None]]:
             # tarfile takes a damaged header for the end; the true end is a block of zeros
             if os.pread(file.fileno(), 512, tar.offset) != bytes(512):
                 raise tarfile.ReadError(f"byte {tar.offset}: expected a header or the end mark of zeros, found neither")
-    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError, ImageError) as error:
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError, MemoryError, ImageError) as error:
         raise SamiCacheError(
-            f"{file_text(path)} is damaged or truncated: {error}. Fetch it again, or move it away to go on without it"
+            f"{file_text(path)} is damaged or truncated: {one_line(error)}. Fetch it again, or move it away to go on without it"
         ) from error
     return [(name, offset, size, labels.get(sample)) for name, (offset, size, sample) in images.items()]
 
@@ -101,4 +101,4 @@ def _parse_label(data: bytes, extension: str) -> int | None:
         return None
     if isinstance(value, dict):
         value = value.get("label", value.get("cls"))
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63 else None

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sami_cache.errors import SamiCacheError
+from sami_cache.errors import SamiCacheError, one_line
 
 State = dict[str, Tensor]
 
@@ -35,6 +35,19 @@ _HUGGING_FACE_SAM = [
 _SNAPSHOT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _SHOWN = 4
+
+
+def check_file_digest(weights: str | Path | None, expected: str) -> None:
+    """Raise SamiCacheError unless `weights` is a file with the SHA-256 `expected` (64 hexadecimal digits)."""
+    if weights is None or not Path(weights).is_file():
+        raise SamiCacheError(f"--weights-sha256 goes with --weights FILE; {weights or 'none given'} is no file.")
+    with Path(weights).open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected.lower():
+        raise SamiCacheError(
+            f"weights: {weights} has the SHA-256 {found}, expected {expected.lower()}: it is another file, or was damaged on "
+            "its way. It was not opened; fetch it again."
+        )
 
 
 def read_state(path: Path) -> State:
@@ -58,11 +71,11 @@ def read_state(path: Path) -> State:
     except pickle.UnpicklingError as error:
         raise SamiCacheError(
             f"weights: {path} is not a plain file of tensors, and building anything else could run code: refused. Save its "
-            f"state_dict() with torch.save or as safetensors. ({str(error).splitlines()[0]})"
+            f"state_dict() with torch.save or as safetensors. ({one_line(str(error).splitlines()[0])})"
         ) from error
     except (SafetensorError, Exception) as error:  # arbitrary bytes make torch.load raise almost anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SamiCacheError(f"weights: cannot read {path}: it is damaged, or no checkpoint ({reason})") from error
+        raise SamiCacheError(f"weights: cannot read {path}: it is damaged, or no checkpoint ({one_line(reason)})") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -82,12 +95,13 @@ def _read_folder(folder: Path) -> State:
         return read_state(found)
     try:
         parts = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SamiCacheError(f"weights: {found} is no index of a sharded checkpoint: no weight_map in it") from error
     state: State = {}
     for part in parts:
-        if Path(part).name != part:
-            raise SamiCacheError(f"weights: {found} names {part!r}, which lies outside its folder")
+        # A folder (`..`, a link to this one) would be read as another index, without end.
+        if Path(part).name != part or len(part) > 250 or not part.isprintable() or (folder / part).is_dir():
+            raise SamiCacheError(f"weights: {found} names {one_line(part)!r}, which is no file in its folder")
         state |= read_state(folder / part)
     return state
 

@@ -1,11 +1,9 @@
 """The cache: a Zarr v3 group whose shards are committed one by one. `docs/format.md` is the contract.
 
-Opening, creating, and reading; `writing.py` commits shards and seals.
+Opening and reading; `creation.py` makes one, `writing.py` commits shards and seals.
 """
 
 import os
-import secrets
-import shutil
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from io import BytesIO
@@ -18,27 +16,21 @@ import pyarrow.parquet as pq
 
 from sami_cache.errors import DamageError, IdentityError, SamiCacheError
 from sami_cache.store.codecs import Codec
-from sami_cache.store.commits import TABLE_SCHEMA, FileEntry, Record, parse_record, samples_table
+from sami_cache.store.commits import TABLE_SCHEMA, FileEntry, Outline, Record, outline_record, parse_record, samples_table
 from sami_cache.store.files import (
     as_damage,
     canonical_json,
     digest,
-    disk_full_as_error,
-    fsync_directory,
     open_to_read,
     parse_sealed_json,
     read_file,
     reading,
-    seal,
-    write_durably,
 )
 from sami_cache.store.head import (
-    CODEC_ARRAYS,
     ESSENCE,
-    FORMAT,
+    STATIC_FILES,
     array_file,
     codec_shapes,
-    group_metadata,
     identity_difference,
     metadata_files,
     read_attributes,
@@ -101,9 +93,10 @@ class Cache:
             self.views: int = self.identity["view"].get("views", 0)
             """Views per image: 0 for a dense cache."""
             self.files = {name: FileEntry(**entry) for name, entry in self.attributes["files"].items()}
-            names = {*self.metadata_files(), *(array_file(name) for name in CODEC_ARRAYS), "listing.parquet"}
+            if not isinstance(codec["channels"], int) or not isinstance(codec["error"], float | int | None):
+                raise TypeError(f"codec {codec['channels']!r}, {codec['error']!r}")
             possible = 0 < self.samples <= MAX_SHARDS * self.layout.shard_samples and self.samples % max(1, self.views) == 0
-            if not possible or self.files.keys() != names:
+            if not possible or self.files.keys() != STATIC_FILES:
                 raise ValueError(f"{self.samples} samples, {self.views} views, files {sorted(self.files)}")
             if self.cache_id != digest(canonical_json({name: self.attributes[name] for name in ESSENCE})):
                 raise ValueError(f"cache_id {self.cache_id}")
@@ -187,11 +180,20 @@ class Cache:
     def _read_record(self, shard: int) -> Record:
         path = self.record_path(shard)
         record = parse_record(read_file(path), path, cache_id=self.cache_id, shard=shard)
-        count = len(self.shard_samples(shard))
-        shape = (sorted(record.files), len(record.samples), len(record.chunk_crc32c))
-        if shape != (sorted(self.shard_files(shard)), count, -(-count // self.layout.chunk_samples)):
-            raise DamageError(f"{path}: does not describe shard {shard} of this cache")
+        self._check_shape(shard, sorted(record.files), len(record.samples), len(record.chunk_crc32c))
         return record
+
+    def outline(self, shard: int) -> Outline:
+        """The commit record of a shard, as far as it binds the shard's files. Raises DamageError."""
+        path = self.record_path(shard)
+        outline = outline_record(read_file(path), path, cache_id=self.cache_id, shard=shard)
+        self._check_shape(shard, sorted(outline.files), len(outline.statuses), outline.chunks)
+        return outline
+
+    def _check_shape(self, shard: int, *shape: object) -> None:
+        count = len(self.shard_samples(shard))
+        if shape != (sorted(self.shard_files(shard)), count, -(-count // self.layout.chunk_samples)):
+            raise DamageError(f"{self.record_path(shard)}: does not describe shard {shard} of this cache")
 
     def open_codes(self, shard: int) -> ShardFile:
         """The shard's file, its presence and size already checked. Raises DamageError."""
@@ -247,7 +249,8 @@ class Cache:
             self.path,
             *(path for path in self.path.iterdir() if path.is_dir() and path.name not in ("tmp", "quarantine")),
         ]
-        return sum(entry.stat().st_size for folder in folders for entry in os.scandir(folder) if entry.is_file())
+        entries = (entry for folder in folders for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False))
+        return sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
 
     def root(self) -> dict[str, Any] | None:
         """What ROOT.json holds, None if the cache is not sealed. Raises DamageError."""
@@ -313,81 +316,3 @@ def _read_parquet(path: Path, data: bytes, rows: int) -> pa.Table:
 def listing_digest(keys: Sequence[str], labels: Sequence[int | None]) -> str:
     """What stands for the images of a cache in its cache_id: their keys, labels and order."""
     return digest(canonical_json([list(keys), list(labels)]))
-
-
-def create_cache(
-    path: Path,
-    *,
-    identity: dict[str, Any],
-    codec: Codec,
-    layout: ShardLayout,
-    keys: Sequence[str],
-    labels: Sequence[int | None],
-    class_names: Sequence[str] | None,
-    provenance: dict[str, Any],
-) -> Cache:
-    """Create a cache, complete or not at all, and open it. If another process was first, theirs is opened.
-
-    Args:
-        identity: what must be equal for two caches to be the same kind; holds `grid`, `view` and `images` among others.
-        keys, labels: of the images; a replay cache has identity["view"]["views"] samples an image.
-        provenance: recorded, not compared: versions, hardware, where the images lay.
-
-    Raises IdentityError if a cache of another identity is there, SamiCacheError if something else is.
-    """
-    samples = len(keys) * identity["view"].get("views", 1)
-    files = metadata_files(layout, samples, codec.kept, codec.channels)
-    arrays = {name: np.ascontiguousarray(getattr(codec, name), "<f4").tobytes() for name in CODEC_ARRAYS}
-    files |= {array_file(name): data + crc32c(data).to_bytes(4, "little") for name, data in arrays.items()}
-    sink = BytesIO()
-    pq.write_table(
-        pa.table({"key": pa.array(keys, pa.string()), "label": pa.array(labels, pa.int64())}), sink, compression="zstd"
-    )
-    files["listing.parquet"] = sink.getvalue()
-    essence = {
-        "format": FORMAT,
-        "identity": identity,
-        "codec": {**codec.parameters(), "arrays": {name: digest(data) for name, data in arrays.items()}},
-        "layout": {"shard_samples": layout.shard_samples, "chunk_samples": layout.chunk_samples},
-        "samples": samples,
-        "listing": listing_digest(keys, labels),
-    }
-    attributes = {
-        **essence,
-        "cache_id": digest(canonical_json(essence)),
-        "class_names": list(class_names) if class_names is not None else None,
-        "files": {name: {"size": len(data), "blake3": digest(data)} for name, data in files.items()},
-        "provenance": provenance,
-    }
-    files["zarr.json"] = canonical_json(group_metadata(seal(attributes)))
-    _publish_directory(path, files)
-    cache = Cache(path)
-    cache.check_identity(identity)
-    return cache
-
-
-def _publish_directory(path: Path, files: dict[str, bytes]) -> None:
-    """Make the folder `path` with these files in one step, unless a cache is there already."""
-    new = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.parent / f".{path.name}.{secrets.token_hex(8)}"
-    folders = {(building / name).parent for name in files} | {building / name for name in ("commits", "images", "tmp")}
-    try:
-        with disk_full_as_error(path.parent, "making the cache"):
-            for folder in sorted(folders | {building}):
-                folder.mkdir(parents=True, exist_ok=True)
-            for name, data in files.items():
-                write_durably(building / name, data)
-            for folder in sorted(folders | {building}, reverse=True):
-                fsync_directory(folder)
-        try:
-            os.rename(building, path)
-        except OSError as error:
-            if not (path / "zarr.json").exists():
-                raise SamiCacheError(
-                    f"{path}: exists and is not a cache ({error.strerror}). Give another --cache, or move it away."
-                ) from error
-        for folder in (path.parent, *(folder.parent for folder in new)):
-            fsync_directory(folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)

@@ -7,17 +7,18 @@ name is taken, so the first writer wins and nothing is ever overwritten.
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
-from sami_cache.errors import DamageError, DiskFullError, SamiCacheError
+from sami_cache.errors import DamageError, DiskFullError, SamiCacheError, one_line
 
 _DAMAGE = (errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -43,6 +44,20 @@ def is_sealed(value: Any) -> bool:
     return isinstance(value, dict) and seal({k: v for k, v in value.items() if k != "blake3"}) == value
 
 
+_SEAL = re.compile(rb'\{"blake3":"([0-9a-f]{64})",')
+
+
+def check_seal(data: bytes, path: Path | str) -> bytes:
+    """`data` if it is as it was sealed, judged by its bytes alone. Raises DamageError.
+
+    In canonical JSON the field `blake3` comes first, so the digest is that of what follows it.
+    """
+    seal = _SEAL.match(data)
+    if seal is None or digest(b"{" + data[seal.end() :]) != seal[1].decode():
+        raise DamageError(f"{path}: its content does not match the digest it carries. Run `sami-cache verify` on the cache.")
+    return data
+
+
 def parse_sealed_json(data: bytes, path: Path | str) -> dict[str, Any]:
     """Read canonical JSON of a sealed value, byte by byte what was written. Raises DamageError."""
     try:
@@ -62,8 +77,8 @@ def as_damage(path: Path | str, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise DamageError(f"{path}: {what} ({type(error).__name__}: {error})") from error
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise DamageError(f"{path}: {what} ({type(error).__name__}: {one_line(error)})") from error
 
 
 @contextmanager
@@ -102,6 +117,16 @@ def read_file(path: Path, at_most: int = 1 << 26) -> bytes:
         return file.readall()
 
 
+def digest_file(path: Path, block: int = 1 << 22) -> str:
+    """BLAKE3 of a file, read once from front to back. Raises DamageError where it cannot be read."""
+    hasher, buffer = blake3(), bytearray(block)
+    view = memoryview(buffer)
+    with os.fdopen(open_to_read(path), "rb", buffering=0) as file, reading(path):
+        while count := file.readinto(buffer):
+            hasher.update(view[:count])
+    return hasher.hexdigest()
+
+
 @contextmanager
 def disk_full_as_error(path: Path, doing: str) -> Iterator[None]:
     """Turn "no space left" into a DiskFullError."""
@@ -134,6 +159,9 @@ def write_durably(path: Path, data: bytes | memoryview) -> None:
         while view:
             view = view[os.write(descriptor, view) :]
         os.fsync(descriptor)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(descriptor)
 
@@ -145,7 +173,8 @@ def publish(path: Path, data: bytes | memoryview, staging: Path) -> bool:
         path: the final name, on the same file system as `staging`.
         staging: the directory for the temporary name.
     """
-    staging.mkdir(exist_ok=True)
+    for folder in (staging, path.parent):
+        _make_folder(folder, staging.parent)
     temporary = staging / f"{path.name}.{secrets.token_hex(8)}"
     try:
         write_durably(temporary, data)
@@ -168,11 +197,42 @@ def publish(path: Path, data: bytes | memoryview, staging: Path) -> bool:
     return made
 
 
+def _make_folder(folder: Path, cache: Path) -> None:
+    """Make a folder of a cache unless it is there. Raises SamiCacheError where it is a link, which may lead anywhere."""
+    if folder == cache:
+        return
+    try:
+        folder.mkdir()
+        fsync_directory(cache)
+    except FileExistsError:
+        if not stat.S_ISDIR(folder.lstat().st_mode):
+            raise SamiCacheError(
+                f"{folder}: expected a folder, found a link or a file; nothing is written through it. Move it away, and put "
+                "back the folder it stands for."
+            ) from None
+
+
 def move_aside(path: Path, directory: Path) -> Path:
     """Move `path` into `directory` under a name that is free there; returns the new place. Nothing is deleted."""
-    directory.mkdir(exist_ok=True)
+    for folder in (directory, path.parent):
+        _make_folder(folder, directory.parent)
     target = directory / f"{path.parent.name}.{path.name}.{secrets.token_hex(4)}"
     os.rename(path, target)
     for folder in (directory.parent, directory, path.parent):
         fsync_directory(folder)
     return target
+
+
+def make_hold(path: Path, data: bytes, cache: Path) -> list[Path] | None:
+    """Make `path` hold `data`; whatever else it held is moved to the cache's quarantine.
+
+    Returns None if it held that already, else where its remains are now.
+    """
+    moved: list[Path] = []
+    while not publish(path, data, cache / "tmp"):
+        with suppress(DamageError):
+            if read_file(path, at_most=len(data)) == data:
+                return moved or None
+        with suppress(FileNotFoundError):
+            moved.append(move_aside(path, cache / "quarantine"))
+    return moved

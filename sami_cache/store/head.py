@@ -10,6 +10,7 @@ from sami_cache.store.files import canonical_json, is_sealed, read_file
 from sami_cache.store.shards import ShardLayout, array_metadata
 
 FORMAT = 1
+HEAD = "zarr.json"
 CODEC_ARRAYS = {"basis": ("kept", "channel"), "mean": ("channel",), "step": ("kept",)}
 # What a cache is: these fields make its cache_id.
 ESSENCE = ("format", "identity", "codec", "layout", "samples", "listing")
@@ -18,13 +19,22 @@ _FLOAT32_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"n
 
 def read_attributes(path: Path) -> dict[str, Any]:
     """The head of the cache at `path`, checked. Raises SamiCacheError if there is none, DamageError if it is damaged."""
-    head = path / "zarr.json"
-    if not os.path.lexists(head):
+    head = path / HEAD
+    if not is_cache(path):
         raise SamiCacheError(
             f"{path}: there is no cache here (no zarr.json). `sami-cache extract --cache {path}` makes one; the default is "
             "`cache.zarr` or $SAMI_CACHE."
         )
-    data = read_file(head)
+    return parse_attributes(read_file(head), head)
+
+
+def is_cache(path: Path) -> bool:
+    """Whether there is a cache at `path`, be it one that has lost its head."""
+    return os.path.lexists(path / HEAD) or (path / "commits").is_dir()
+
+
+def parse_attributes(data: bytes, head: Path | str) -> dict[str, Any]:
+    """What the bytes of a zarr.json say. Raises DamageError, SamiCacheError for another format."""
     try:
         value = json.loads(data)
         attributes = value["attributes"]["sami_cache"]
@@ -32,7 +42,10 @@ def read_attributes(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         intact, attributes = False, {}
     if not intact:
-        raise DamageError(f"{head}: its content does not match the digest it carries; it is damaged or not a sami-cache.")
+        raise DamageError(
+            f"{head}: its content does not match the digest it carries; it is damaged or not a sami-cache. `sami-cache verify "
+            "--repair` puts back the copy that the cache keeps."
+        )
     if attributes.get("format") != FORMAT:
         raise SamiCacheError(
             f"{head}: format {attributes.get('format')}, this program reads format {FORMAT}. Use a newer sami-cache for it."
@@ -52,6 +65,14 @@ def codec_shapes(kept: int, channels: int) -> dict[str, tuple[int, ...]]:
 def array_file(name: str) -> str:
     """The one chunk of one of the codec's arrays."""
     return f"{name}/{'.'.join('0' for _ in CODEC_ARRAYS[name])}"
+
+
+STATIC_FILES = frozenset(
+    {"codes/zarr.json", "listing.parquet"}
+    | {f"{name}/zarr.json" for name in CODEC_ARRAYS}
+    | {array_file(name) for name in CODEC_ARRAYS}
+)
+"""What is written at creation, beside the head itself and the copies."""
 
 
 def metadata_files(layout: ShardLayout, samples: int, kept: int, channels: int) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ the record first has committed the shard; a file without a record is not data.
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,21 @@ import pyarrow.parquet as pq
 from sami_cache.errors import DamageError, SamiCacheError
 from sami_cache.store.cache import Cache
 from sami_cache.store.commits import OK, FileEntry, Record, Sample, record_bytes, root_fields, samples_table
-from sami_cache.store.files import canonical_json, digest, disk_full_as_error, move_aside, publish, read_file, seal
+from sami_cache.store.files import (
+    canonical_json,
+    digest,
+    digest_file,
+    disk_full_as_error,
+    make_hold,
+    move_aside,
+    publish,
+    read_file,
+    seal,
+)
 from sami_cache.store.images import locate_images, pack_images
 from sami_cache.store.shards import MAX_SHARD_BYTES, ShardFile, ShardLayout, crc32c, pack_shard, parse_index
+
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +49,15 @@ class Commit:
 
 class _Overtaken(Exception):
     """Another writer has committed this shard meanwhile."""
+
+
+@dataclass
+class _Known:
+    """What a writer has seen the shard's files hold, by name."""
+
+    held: dict[str, list[bytes]] = field(default_factory=dict)
+    displaced: bool = False
+    """Whether it has moved a file aside that another may have committed since."""
 
 
 def write_shard(
@@ -63,12 +84,13 @@ def write_shard(
     codes[good] = cache.codec.encode(embeddings[good])
     names = cache.shard_files(shard)
     won, content = False, digest(codes.data.cast("B"))
+    known = _Known()
     with suppress(_Overtaken), disk_full_as_error(cache.path, f"writing shard {shard}, which was not committed"):
         _check_not_committed(cache, shard)
-        mine, codes, checksums = _publish_codes(cache, shard, embeddings, codes, good)
+        mine, codes, checksums = _publish_codes(cache, shard, embeddings, codes, good, known)
         files, jpegs = {names[0]: mine}, {}
         if cache.has_images:
-            files[names[1]], jpegs = _publish_images(cache, shard, samples, images)
+            files[names[1]], jpegs = _publish_images(cache, shard, samples, images, known)
         content = digest(codes.data.cast("B"))
         record = Record(
             cache_id=cache.cache_id,
@@ -80,6 +102,9 @@ def write_shard(
         )
         won = publish(cache.record_path(shard), record_bytes(record), cache.path / "tmp")
     committed = cache.record(shard)
+    if won or known.displaced:
+        with disk_full_as_error(cache.path, f"settling shard {shard}"):
+            _enforce(cache, committed, known)
     return Commit(record=committed, won=won, same=committed.content == content)
 
 
@@ -100,35 +125,58 @@ def _check_not_committed(cache: Cache, shard: int) -> None:
         raise _Overtaken
 
 
-def _publish_or_adopt(cache: Cache, shard: int, name: str, data: bytes, adoptable: Callable[[bytes], bool]) -> bytes:
+def _enforce(cache: Cache, record: Record, known: _Known) -> None:
+    """Have the shard's files be those that its record names, if we know what they hold.
+
+    The record decides. A writer that disagrees may have moved a file aside before it could see the record that names it, so
+    the winner looks again, and so does whoever moved something and then lost.
+    """
+    for name, entry in record.files.items():
+        path = cache.path / name
+        with suppress(DamageError):
+            if digest_file(path) == entry.blake3:
+                continue
+        for data in known.held.get(name, []):
+            if entry.describes(data):
+                make_hold(path, data, cache.path)
+
+
+def _publish_or_adopt(
+    cache: Cache, shard: int, name: str, data: bytes, adoptable: Callable[[bytes], bool], known: _Known
+) -> bytes:
     """Make the shard's file `name` exist; returns what it holds: `data`, or what was there if that is adoptable.
 
     A file without a record was left by a writer that died, or belongs to one that is just about to commit. The latter must
     stay as it is, so a whole one is adopted; anything else makes way.
     """
     path, quarantine = cache.path / name, cache.path / "quarantine"
+    held = known.held.setdefault(name, [])
+    held.append(data)
     while not publish(path, data, cache.path / "tmp"):
         try:
             found = read_file(path, at_most=MAX_SHARD_BYTES)
         except DamageError:  # no file, or one that another writer has moved away just now
             found = b""
+        held.append(found)
         if found == data or adoptable(found):
             return found
         _check_not_committed(cache, shard)
         with suppress(FileNotFoundError):
+            known.displaced = True
             moved = move_aside(path, quarantine)
-            try:
-                _check_not_committed(cache, shard)
-            except _Overtaken:
-                # Between the check and the move: what was moved is now part of a commit.
-                with suppress(FileExistsError):
-                    os.link(moved, path)
-                raise
+            overtaken = os.path.lexists(cache.record_path(shard))
+            with suppress(DamageError):
+                if overtaken or read_file(moved, at_most=MAX_SHARD_BYTES) != found:
+                    # Between the look and the move another has committed it, or put a whole file in its place.
+                    with suppress(FileExistsError):
+                        os.link(moved, path)
+            if overtaken:
+                raise _Overtaken
     return data
 
 
 def _publish_codes(
-    cache: Cache, shard: int, embeddings: np.ndarray, codes: np.ndarray, good: np.ndarray
+    cache: Cache, shard: int, embeddings: np.ndarray, codes: np.ndarray, good: np.ndarray, known: _Known
 ) -> tuple[FileEntry, np.ndarray, list[int]]:
     """Publish or adopt the shard file; returns its size and digest, the codes read back from it, and its chunks' checksums."""
     name = cache.shard_files(shard)[0]
@@ -150,11 +198,15 @@ def _publish_codes(
         # Another device or batch size moves a few codes by one; another image or teacher does not come near.
         return bool(np.all(theirs <= 2 * ours + 1e-3)) and not found[~good].any()
 
-    data = _publish_or_adopt(cache, shard, name, packed, adoptable)
-    stored, checksums = read(data)
-    if data == packed and not np.array_equal(stored, codes):
-        raise DamageError(f"{path}: read back, it does not hold the codes that were written. Check the disk and the memory.")
-    return FileEntry(size=len(data), blake3=digest(data)), stored, checksums
+    for _ in range(_ATTEMPTS):
+        data = _publish_or_adopt(cache, shard, name, packed, adoptable, known)
+        # Unless a writer that disagrees has put its own there meanwhile, this reads what was written.
+        with suppress(DamageError):
+            stored, checksums = read(data)
+            if data != packed or np.array_equal(stored, codes):
+                return FileEntry(size=len(data), blake3=digest(data)), stored, checksums
+        _check_not_committed(cache, shard)
+    raise DamageError(f"{path}: read back, it does not hold the codes that were written. Check the disk and the memory.")
 
 
 def _chunk_checksums(data: bytes, layout: ShardLayout, count: int, path: Path) -> list[int]:
@@ -164,7 +216,7 @@ def _chunk_checksums(data: bytes, layout: ShardLayout, count: int, path: Path) -
 
 
 def _publish_images(
-    cache: Cache, shard: int, samples: Sequence[Sample], images: Sequence[bytes | None]
+    cache: Cache, shard: int, samples: Sequence[Sample], images: Sequence[bytes | None], known: _Known
 ) -> tuple[FileEntry, dict[str, list[int]]]:
     """Publish or adopt the image file; returns its size and digest, and where each key's image lies in it."""
     pairs = zip(samples, images, strict=True)
@@ -177,7 +229,7 @@ def _publish_images(
         except (pa.ArrowException, ValueError, OSError):
             return False
 
-    data = _publish_or_adopt(cache, shard, cache.shard_files(shard)[1], pack_images(table), adoptable)
+    data = _publish_or_adopt(cache, shard, cache.shard_files(shard)[1], pack_images(table), adoptable, known)
     entry = FileEntry(size=len(data), blake3=digest(data))
     return entry, {key: place for key, (_, place) in locate_images(data).items()}
 
@@ -239,24 +291,6 @@ def seal_cache(cache: Cache) -> dict[str, Any]:
         if sealed and same and cache.manifest(sealed).equals(table):
             return {**root, "manifest": sealed["manifest"]}
     with disk_full_as_error(cache.path, "sealing it"):
-        for path, data in (
-            (cache.path / "manifest.parquet", manifest),
-            (cache.path / "ROOT.json", canonical_json(seal(root))),
-        ):
-            while not publish(path, data, cache.path / "tmp"):
-                with suppress(DamageError):
-                    if read_file(path, at_most=MAX_SHARD_BYTES) == data:
-                        break
-                with suppress(FileNotFoundError):
-                    move_aside(path, cache.path / "quarantine")
+        make_hold(cache.path / "manifest.parquet", manifest, cache.path)
+        make_hold(cache.path / "ROOT.json", canonical_json(seal(root)), cache.path)
     return root
-
-
-def quarantine_shard(cache: Cache, shard: int) -> list[Path]:
-    """Move a shard's record and files to quarantine/, so that it is to be extracted again; returns where they are now.
-
-    The record goes first: from then on the shard is uncommitted, whatever interrupts the rest.
-    """
-    cache.record.cache_clear()
-    paths = [cache.record_path(shard), *(cache.path / name for name in cache.shard_files(shard))]
-    return [move_aside(path, cache.path / "quarantine") for path in paths if os.path.lexists(path)]

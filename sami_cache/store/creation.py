@@ -1,0 +1,106 @@
+"""Creating a cache: complete or not at all, and of several creators the first one's."""
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sami_cache.errors import SamiCacheError
+from sami_cache.store.cache import Cache, listing_digest
+from sami_cache.store.codecs import Codec
+from sami_cache.store.files import canonical_json, digest, disk_full_as_error, fsync_directory, seal, write_durably
+from sami_cache.store.head import CODEC_ARRAYS, FORMAT, HEAD, array_file, group_metadata, metadata_files
+from sami_cache.store.shards import ShardLayout, crc32c
+from sami_cache.store.spare import SPARE, pack_spare
+
+
+def create_cache(
+    path: Path,
+    *,
+    identity: dict[str, Any],
+    codec: Codec,
+    layout: ShardLayout,
+    keys: Sequence[str],
+    labels: Sequence[int | None],
+    class_names: Sequence[str] | None,
+    provenance: dict[str, Any],
+) -> Cache:
+    """Create a cache, complete or not at all, and open it. If another process was first, theirs is opened.
+
+    Args:
+        identity: what must be equal for two caches to be the same kind; holds `grid`, `view` and `images` among others.
+        keys, labels: of the images; a replay cache has identity["view"]["views"] samples an image.
+        provenance: recorded, not compared: versions, hardware, where the images lay.
+
+    Raises IdentityError if a cache of another identity is there, SamiCacheError if something else is.
+    """
+    samples = len(keys) * identity["view"].get("views", 1)
+    files = metadata_files(layout, samples, codec.kept, codec.channels)
+    arrays = {name: np.ascontiguousarray(getattr(codec, name), "<f4").tobytes() for name in CODEC_ARRAYS}
+    files |= {array_file(name): data + crc32c(data).to_bytes(4, "little") for name, data in arrays.items()}
+    sink = BytesIO()
+    pq.write_table(
+        pa.table({"key": pa.array(keys, pa.string()), "label": pa.array(labels, pa.int64())}), sink, compression="zstd"
+    )
+    files["listing.parquet"] = sink.getvalue()
+    essence = {
+        "format": FORMAT,
+        "identity": identity,
+        "codec": {**codec.parameters(), "arrays": {name: digest(data) for name, data in arrays.items()}},
+        "layout": {"shard_samples": layout.shard_samples, "chunk_samples": layout.chunk_samples},
+        "samples": samples,
+        "listing": listing_digest(keys, labels),
+    }
+    attributes = {
+        **essence,
+        "cache_id": digest(canonical_json(essence)),
+        "class_names": list(class_names) if class_names is not None else None,
+        "files": {name: {"size": len(data), "blake3": digest(data)} for name, data in files.items()},
+        "provenance": provenance,
+    }
+    files[HEAD] = canonical_json(group_metadata(seal(attributes)))
+    files[SPARE] = pack_spare(files)
+    _publish_directory(path, files)
+    cache = Cache(path)
+    cache.check_identity(identity)
+    return cache
+
+
+def _publish_directory(path: Path, files: dict[str, bytes]) -> None:
+    """Make the folder `path` with these files in one step, unless a cache is there already."""
+    new = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    with disk_full_as_error(new[-1].parent if new else path.parent, "making the cache"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    building = path.parent / f".{path.name}.{secrets.token_hex(8)}"
+    folders = {(building / name).parent for name in files} | {building / name for name in ("commits", "images", "tmp")}
+    try:
+        with disk_full_as_error(path.parent, "making the cache"):
+            for folder in sorted(folders | {building}):
+                folder.mkdir(parents=True, exist_ok=True)
+            for name, data in files.items():
+                write_durably(building / name, data)
+            for folder in sorted(folders | {building}, reverse=True):
+                fsync_directory(folder)
+        try:
+            with disk_full_as_error(path.parent, "making the cache"):
+                os.rename(building, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            if not (path / "zarr.json").exists():
+                raise SamiCacheError(
+                    f"{path}: exists and is not a cache ({error.strerror}). Give another --cache, or move it away."
+                ) from error
+        with disk_full_as_error(path.parent, "making the cache"):
+            for folder in (path.parent, *(folder.parent for folder in new)):
+                fsync_directory(folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
