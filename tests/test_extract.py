@@ -288,22 +288,31 @@ def test_tar_and_parquet_give_the_same_embeddings(photos, extracted, tmp_path):
     assert [row["label"] for row in rows] == source.labels
 
 
-def test_a_teacher_that_breaks_is_named_before_the_commit(photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("value", "says"), [(np.nan, "holds NaN"), (np.inf, "holds NaN or infinity"), (-np.inf, "infinity"), (None, "is the same")]
+)
+def test_a_teacher_that_breaks_is_named_before_the_commit(photos, tmp_path, monkeypatch, value, says):
+    """Whether its image is among those the codec is fitted on or not."""
     real = Embedder._encode
 
     def broken(self, prepared):
         embeddings = real(self, prepared)
         for index, item in enumerate(prepared):
             if item.sample.key == "rocket/0031.jpg":
-                embeddings[index, 5, 1, 1] = np.nan
+                if value is None:
+                    embeddings[index] = 0.5
+                else:
+                    embeddings[index, 5, 1, 1] = value
         return embeddings
 
     monkeypatch.setattr(Embedder, "_encode", broken)
-    with pytest.raises(SamiCacheError, match=r"'rocket/0031.jpg' holds NaN"):
-        extract(ExtractConfig(data=photos / "photos", cache=tmp_path / "c.zarr", fit_images=8, **LITE0))
-    if (tmp_path / "c.zarr").exists():
-        committed = Cache(tmp_path / "c.zarr")
-        assert all("rocket/0031.jpg" not in [s.key for s in record.samples] for record in committed.records())
+    for fit_images in (8, 73):
+        target = tmp_path / f"{fit_images}.zarr"
+        with pytest.raises(SamiCacheError, match=rf"'rocket/0031.jpg' .*{says}"):
+            extract(ExtractConfig(data=photos / "photos", cache=target, fit_images=fit_images, **LITE0))
+        assert target.exists() == (fit_images == 8)
+    committed = Cache(tmp_path / "8.zarr")
+    assert all("rocket/0031.jpg" not in [s.key for s in record.samples] for record in committed.records())
 
 
 def test_a_full_disk_is_refused_before_and_stopped_during(photos, extracted, tmp_path, monkeypatch):

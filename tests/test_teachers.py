@@ -311,6 +311,22 @@ def test_pickled_code_is_refused_and_not_run(tmp_path):
     assert trap.exists()
 
 
+def test_a_file_is_only_opened_if_it_has_the_digest_that_was_given(tmp_path):
+    """A pickle is not even looked at by torch before its digest is known."""
+    import hashlib
+
+    from sami_cache.models.weights import check_file_digest
+
+    torch.save({"a": torch.zeros(3)}, tmp_path / "w.pth")
+    right = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
+    check_file_digest(str(tmp_path / "w.pth"), right.upper())
+    with pytest.raises(SamiCacheError, match=rf"w\.pth has the SHA-256 {right}, expected {'0' * 64}.*was not opened"):
+        check_file_digest(tmp_path / "w.pth", "0" * 64)
+    for nothing in (None, "random", tmp_path):
+        with pytest.raises(SamiCacheError, match=r"--weights-sha256 goes with --weights FILE"):
+            check_file_digest(nothing, right)
+
+
 def test_unreadable_weights_are_named(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00")
@@ -328,7 +344,7 @@ def test_unreadable_weights_are_named(tmp_path):
         "cut.pth": "cannot read|refused",
         "empty.pth": "cannot read|refused",
         "list.pth": "holds a list; expected a state_dict",
-        "escape": "outside its folder",
+        "escape": "no file in its folder",
     }.items():
         with pytest.raises(SamiCacheError, match=text):
             load_teacher("vit_b", weights=tmp_path / file)

@@ -182,6 +182,30 @@ def test_two_resume_verbs(folder, tmp_path):
     assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
 
 
+def test_read_only_caches_train(folder, tmp_path):
+    """Nothing in the cache is opened for writing: here by root too, whom permissions do not stop."""
+    import shutil
+
+    shutil.copytree(folder / "cache.zarr", tmp_path / "cache.zarr")
+    for path in [tmp_path / "cache.zarr", *(tmp_path / "cache.zarr").rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    seen: list[str] = []
+    watching = [True]
+
+    def audit(event: str, given: tuple) -> None:
+        wrote = event == "open" and isinstance(given[2], int) and given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if watching[0] and (wrote or event.startswith(("os.mkdir", "os.rename", "os.link", "os.remove", "os.chmod"))):
+            seen.append(str(given[0]))
+
+    sys.addaudithook(audit)
+    before = {str(path): path.stat().st_mtime_ns for path in (tmp_path / "cache.zarr").rglob("*")}
+    train(config(folder, tmp_path / "run", cache=tmp_path / "cache.zarr", steps=4))
+    watching[0] = False
+    assert seen
+    assert [path for path in seen if "cache.zarr" in path] == []
+    assert {str(path): path.stat().st_mtime_ns for path in (tmp_path / "cache.zarr").rglob("*")} == before
+
+
 def test_another_cache_is_not_the_same_run(folder, tmp_path):
     train(config(folder, tmp_path / "run", steps=1))
     extract(ExtractConfig(data=folder / "photos", cache=tmp_path / "b.zarr", **{**LITE0, "error": 0.05}))

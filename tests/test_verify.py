@@ -124,6 +124,37 @@ def test_repair_ends_at_the_same_root_and_touches_nothing_else(folder, damage):
             assert path.stat().st_ino == inode
 
 
+def test_files_with_a_copy_are_put_back_without_images_or_teacher(folder):
+    """And a lost shard beside them is extracted again afterwards."""
+    target = folder / "cache.zarr"
+    root = Cache(target).root()
+    flip(target / "basis/0.0")
+    (target / "zarr.json").unlink()
+    result = check(folder, repair=True, data=folder / "nowhere")
+    assert (result.restored, result.repaired) == (["zarr.json", "basis/0.0"], [])
+    assert result.report.clean
+    (target / "listing.parquet").write_bytes(b"")
+    (target / "codes/1.0.0.0").unlink()
+    (target / "codes/foreign").touch()
+    result = check(folder, repair=True)
+    assert (result.restored, result.repaired) == (["listing.parquet"], [1])
+    assert result.report.clean
+    assert Cache(target).root() == root
+
+
+def test_repair_refuses_images_that_were_edited(folder, original, tmp_path):
+    """Else the shard would silently become that of other images. The manifest knows them even if the record is lost."""
+    shutil.copytree(original / "photos", tmp_path / "photos")
+    key = Cache(folder / "cache.zarr").record(1).samples[2].key
+    with Image.open(tmp_path / "photos" / key) as image:
+        image.rotate(90).save(tmp_path / "photos" / key)
+    for damage in ("codes/1.0.0.0", "commits/000001.json"):
+        flip(folder / "cache.zarr" / damage)
+        with pytest.raises(IdentityError, match=rf"1 edited: {key}"):
+            check(folder, repair=True, data=tmp_path / "photos")
+    assert not (folder / "cache.zarr" / "quarantine").exists()
+
+
 def test_repair_needs_images_and_moves_nothing_without_them(folder):
     flip(folder / "cache.zarr" / "codes/1.0.0.0")
     with pytest.raises(SamiCacheError, match="nowhere"):

@@ -171,6 +171,17 @@ def test_of_two_live_writers_that_disagree_the_records_files_stay(tmp_path: Path
     assert [finding.path for finding in verify_cache(cache.path, level="deep").findings if finding.shard == 0] == []
 
 
+@pytest.mark.parametrize("folder", ["codes", "images", "commits", "tmp"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, folder: str) -> None:
+    cache = new_cache(tmp_path / "c.zarr")
+    (cache.path / folder).rename(tmp_path / "outside")
+    (cache.path / folder).symlink_to(tmp_path / "outside")
+    before = sorted((tmp_path / "outside").iterdir())
+    with pytest.raises(SamiCacheError, match=rf"{folder}: expected a folder, found a link"):
+        fill_shard(cache, 0)
+    assert sorted((tmp_path / "outside").iterdir()) == before
+
+
 def test_a_committed_file_that_was_moved_by_mistake_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other commits between our look at its record and our move of its file."""
     cache = new_cache(tmp_path / "c.zarr")
