@@ -19,7 +19,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Workers = Annotated[int | None, typer.Option(help="Threads that read and decode images. Default: one a core, at most 16.")]
 Grace = Annotated[
     float,
-    typer.Option(help="Seconds to finish what is in hand after SIGTERM or Ctrl-C; a second signal, or 0, abandons it at once."),
+    typer.Option(min=0, max=86400, help="Seconds to finish what is in hand after SIGTERM or Ctrl-C, once."),
 ]
 WeightsDigest = Annotated[
     str | None, typer.Option("--weights-sha256", help="SHA-256 that the --weights file must have; checked before it is read.")
@@ -198,6 +198,7 @@ def verify(
     weights_sha256: WeightsDigest = None,
     device: Device = "auto",
     workers: Workers = None,
+    grace: Grace = 20.0,
     as_json: AsJson = False,
 ) -> None:
     """Check that every byte of a cache is the one that was committed.
@@ -223,6 +224,7 @@ def verify(
         weights_sha256=weights_sha256,
         device=device,
         workers=workers,
+        grace=grace,
     )
     with ProgressLine(quiet=as_json) as line:
         result = stage(config, line.verification, line.extraction)

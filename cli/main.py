@@ -12,7 +12,7 @@ import typer
 
 import sami_cache
 from cli import cache_commands, train_commands
-from sami_cache.errors import SamiCacheError
+from sami_cache.errors import Interrupted, SamiCacheError
 
 app = typer.Typer(
     name="sami-cache",
@@ -47,6 +47,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
+    except Interrupted as error:
+        sys.exit(_fail(str(error), error.exit_code))
     except SamiCacheError as error:
         sys.exit(_fail(str(error), error.exit_code))
     except KeyboardInterrupt:
@@ -66,7 +68,9 @@ def _interrupt(number: int, frame: object) -> None:
 def _fail(message: str, code: int) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the end is near, and is to be explained
-    print(f"sami-cache: {message}", file=sys.stderr)
+    print(f"sami-cache: {message}", file=sys.stderr, flush=True)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # what is stuck now may be killed
     return code
 
 

@@ -75,7 +75,9 @@ def train(
     device: Device = "auto",
     workers: Workers = None,
     grace: Grace = 20.0,
-    data_timeout: Annotated[float, typer.Option(help="Seconds a sample may take to be read before the run stops.")] = 120.0,
+    data_timeout: Annotated[
+        float, typer.Option(min=0.1, max=86400, help="Seconds without any progress in reading after which the run stops.")
+    ] = 120.0,
 ) -> None:
     """Pretrain a student from a cache (SAMI), from pixels (MAE), or with the teacher online.
 

@@ -84,13 +84,13 @@ def extract(config: ExtractConfig, on_progress: Callable[[Progress], None] = lam
 
 def _check_committed(job: Job, cache: Cache, on_progress: Callable[[Progress], None]) -> None:
     """Raise IdentityError if an image of a committed shard is no longer the one that was extracted."""
-    total = sum(len(cache.shard_samples(shard)) for shard in cache.committed()) // max(1, cache.views)
+    done = np.cumsum([0, *(len(cache.shard_samples(shard)) for shard in cache.committed())]) // max(1, cache.views)
     check_images(
         cache,
         job.source,
         committed_sources(cache),
         workers=job.embedder.workers,
-        on_progress=lambda count: on_progress(Progress(stage="check", done=min(count, total), total=total)),
+        on_progress=lambda parts: on_progress(Progress(stage="check", done=int(done[parts]), total=int(done[-1]))),
     )
 
 

@@ -8,18 +8,11 @@ import pyarrow.compute as pc
 
 from sami_cache.store.cache import Cache
 from sami_cache.store.commits import OK
-from sami_cache.store.files import as_damage
-from sami_cache.store.head import HEAD
 
 
 def inspect_cache(path: Path) -> dict[str, Any]:
     """A summary of the cache at `path`, ready for JSON. Raises SamiCacheError where there is none, DamageError if damaged."""
     cache = Cache(path)
-    with as_damage(path / HEAD, "not the head of an extraction"):
-        return _summary(cache)
-
-
-def _summary(cache: Cache) -> dict[str, Any]:
     root = cache.root()
     table = cache.table()
     status = table["status"].to_pylist()
@@ -35,7 +28,7 @@ def _summary(cache: Cache) -> dict[str, Any]:
     total, count = cache.size_on_disk(), max(1, len(usable))
     values = codec["channels"] * cache.grid**2
     return {
-        "cache": str(cache.path),
+        "cache": str(path),
         "cache_id": cache.cache_id,
         "sealed": root is not None,
         "root": root and root["root"],

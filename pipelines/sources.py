@@ -27,7 +27,7 @@ def compare_images(
 
     Args:
         expected: BLAKE3 of the images' bytes by key, in parts.
-        on_progress: called with the number of images done.
+        on_progress: called with the number of parts done.
     """
     where = {key: index for index, key in enumerate(source.keys)}
 
@@ -39,13 +39,11 @@ def compare_images(
 
     missing: dict[str, None] = {}
     changed: dict[str, None] = {}
-    done = 0
     with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1), thread_name_prefix="check") as pool:
-        for part in expected:
+        for done, part in enumerate(expected, 1):
             for key, value in zip(part, pool.map(found, part), strict=True):
                 if value != part[key]:
                     (missing if value is None else changed)[key] = None
-            done += len(part)
             on_progress(done)
     return list(missing), list(changed)
 
@@ -70,6 +68,6 @@ def check_images(
     raise IdentityError(
         f"{cache.path} holds embeddings of other images than {source.location} has now:\n  "
         + "\n  ".join(lines)
-        + "\nPut back the images it was made from (`sami-cache verify --sources` lists all that differ), or give another "
-        "--cache to make a new one."
+        + "\nPut back the images it was made from (`sami-cache verify --sources --json` lists all that differ), or give "
+        "another --cache to make a new one."
     )

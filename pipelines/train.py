@@ -78,7 +78,7 @@ class TrainingConfig:
     grace: float = GRACE
     """Seconds that the step in hand and its checkpoint may take after SIGTERM or SIGINT."""
     data_timeout: float = 120.0
-    """Seconds a sample may take to be read and prepared before the run stops with an error."""
+    """Seconds without any progress in reading after which the run stops with an error."""
     resume: bool = False
     """Continue the run in `run`."""
     init: Path | None = None
@@ -101,7 +101,7 @@ def train(
     on_start: Callable[[Prepared], None] = lambda prepared: None,
 ) -> dict[str, Any]:
     """Run or continue a pretraining; returns the last line of its log. Raises what `Trainer` and the loader raise."""
-    nothing_yet = "interrupted before the first step; the same command starts, or with --resume goes on."
+    nothing_yet = "interrupted outside of training; the same command starts, or with --resume goes on."
     with StopSignal(lambda: nothing_yet), distributed(config.device) as device:
         prepared = prepare(config, device)
         trainer = Trainer(
@@ -133,6 +133,8 @@ def prepare(config: TrainingConfig, device: torch.device) -> Prepared:
     batch_size = config.batch_size or min(SAMI_IMAGENET.batch_size, 1 << max(0, (count // 4).bit_length() - 1))
     limit = config.micro_batch or MICRO_BATCH.get(device.type, 32)
     accumulate = _accumulate(batch_size, world, limit)
+    if config.weights_sha256 and not config.teacher_online:
+        raise SamiCacheError("--weights-sha256 is of the online teacher's weights: it goes with --teacher-online.")
     teacher = _teacher(config, cache) if config.teacher_online else None
     loader_config = LoaderConfig(
         batch_size=batch_size,

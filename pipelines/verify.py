@@ -23,6 +23,7 @@ from sami_cache.store.writing import seal_cache
 
 if TYPE_CHECKING:  # torch takes longer to load than a small cache to verify, and only audit and repair need it
     from pipelines.jobs import Job, Progress
+    from sami_cache.processes import StopSignal
 
 AUDIT_TOLERANCE = 0.005
 
@@ -50,6 +51,8 @@ class VerifyConfig:
     """That the file of the weights must have."""
     device: str = "auto"
     workers: int | None = None
+    grace: float = 20.0
+    """Seconds that a shard being extracted again may take after SIGTERM or SIGINT."""
 
 
 @dataclass(kw_only=True)
@@ -87,19 +90,26 @@ def verify(
 
     Raises SamiCacheError where a check cannot be made (no cache, images or weights gone); damage is reported, not raised.
     """
-    report = verify_cache(config.cache, level=config.level, expected_root=config.root, on_progress=on_progress)
-    result = Verification(report=report)
-    for _ in range(2):  # what is foreign to a cache can only be told once it is sealed
-        if config.repair and report.findings:
-            _repair(config, result, on_extract)
-            report = verify_cache(config.cache, level=config.level, expected_root=config.root, on_progress=on_progress)
-            result.report = report
+    if config.weights_sha256 and not (config.audit or config.repair):
+        raise SamiCacheError("--weights-sha256 is of the teacher's weights: it goes with --audit or --repair.")
+
+    def check() -> Report:
+        return verify_cache(config.cache, level=config.level, expected_root=config.root, on_progress=on_progress)
+
+    result = Verification(report=check())
+    # One damage may hide another: under a damaged head nothing else is seen, and a stray file only once the cache is sealed.
+    rounds = 4 if config.repair else 0
+    while rounds and result.report.findings and _repair(config, result, on_extract):
+        result.report, rounds = check(), rounds - 1
+    report = result.report
     if config.sources or config.audit:
         if any(finding.path == HEAD for finding in report.findings):
             raise SamiCacheError(f"{config.cache}: its head is damaged, so neither sources nor teacher can be checked.")
         cache = Cache(config.cache)
         if config.sources:
-            report.findings += check_sources(cache, open_source(_data(config, cache)), config.workers)
+            report.findings += check_sources(
+                cache, open_source(_data(config, cache), kind=cache.identity["source_kind"]), config.workers
+            )
         if config.audit:
             result.audit = _audit(config, cache, report)
         done = {"--sources": config.sources, "--audit": config.audit}
@@ -177,41 +187,51 @@ def _audit(config: VerifyConfig, cache: Cache, report: Report) -> Audit:
     return Audit(samples=len(chosen), worst=min(cosines), median=float(np.median(cosines)), failed=failed)
 
 
-def _repair(config: VerifyConfig, result: Verification, on_extract: "Callable[[Progress], None]") -> None:
-    """First what needs no images: files that belong to no shard make way, those with a copy are put back. Then the shards."""
-    from pipelines.extract import run_shards
+def _repair(config: VerifyConfig, result: Verification, on_extract: "Callable[[Progress], None]") -> bool:
+    """Mend what the findings name, and say whether anything was done: first what needs no images, then the shards."""
     from pipelines.jobs import how_to_go_on
     from sami_cache.processes import StopSignal
 
-    with StopSignal(lambda: how_to_go_on(config.cache)) as stop:
-        tried: set[str] = set()
-        while todo := [
-            finding
-            for finding in result.report.findings
-            if (finding.foreign or finding.path in (HEAD, SPARE, *STATIC_FILES)) and finding.path not in tried
-        ]:
-            tried |= {finding.path for finding in todo}
-            with disk_full_as_error(config.cache, "putting files back"):
-                for finding in todo:
-                    if finding.foreign:
-                        result.moved.append(str(move_aside(config.cache / finding.path, config.cache / "quarantine")))
+    report, quarantine = result.report, config.cache / "quarantine"
+    with StopSignal(lambda: how_to_go_on(config.cache), config.grace) as stop:
+        before = len(result.moved), len(result.restored)
+        with disk_full_as_error(config.cache, "putting files back"):
+            for finding in report.findings:
+                if finding.foreign:
+                    result.moved.append(str(move_aside(config.cache / finding.path, quarantine)))
+            if any(finding.path in (HEAD, SPARE, *STATIC_FILES) for finding in report.findings):
                 restored, moved = restore_static(config.cache)
-            result.restored += restored
-            result.moved += [str(path) for path in moved]
-            result.report = verify_cache(config.cache, level=config.level, expected_root=config.root)
+                result.restored += restored
+                result.moved += map(str, moved)
+        if (len(result.moved), len(result.restored)) != before:
+            return True
         cache = Cache(config.cache)
-        damaged = result.report.damaged_shards
-        if damaged:
-            # Before anything is moved: without images and teacher no shard can be repaired, with other images none should be.
-            job = _job(config)
-            check_images(cache, job.source, _sources_of(cache, damaged), workers=config.workers)
-            with disk_full_as_error(config.cache, "moving damaged shards aside"):
-                for shard in damaged:
-                    result.moved += [str(path) for path in quarantine_shard(cache, shard)]
-            run_shards(job, cache, damaged, on_extract, stop)
-            result.repaired += damaged
-        if result.report.findings:
-            seal_cache(cache)
+        if report.damaged_shards:
+            _extract_again(config, cache, report.damaged_shards, result, on_extract, stop)
+        seals = [cache.path / name for name in ("manifest.parquet", "ROOT.json")]
+        sealed = [path.stat().st_ino if path.is_file() else None for path in seals]
+        seal_cache(cache)
+        return bool(report.damaged_shards) or sealed != [path.stat().st_ino for path in seals]
+
+
+def _extract_again(
+    config: VerifyConfig,
+    cache: Cache,
+    damaged: list[int],
+    result: Verification,
+    on_extract: "Callable[[Progress], None]",
+    stop: "StopSignal",
+) -> None:
+    from pipelines.extract import run_shards
+
+    # Before a shard is moved: without images and teacher none can be repaired, with other images none should be.
+    job = _job(config)
+    check_images(cache, job.source, _sources_of(cache, damaged), workers=config.workers)
+    with disk_full_as_error(config.cache, "moving damaged shards aside"):
+        for shard in damaged:
+            result.moved += map(str, quarantine_shard(cache, shard))
+    run_shards(job, cache, damaged, on_extract, stop)
+    result.repaired = sorted({*result.repaired, *damaged})
 
 
 def _sources_of(cache: Cache, shards: list[int]) -> Iterator[dict[str, str]]:

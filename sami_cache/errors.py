@@ -35,3 +35,15 @@ class DiskFullError(SamiCacheError):
     """The disk cannot hold what is to be written."""
 
     exit_code = 3
+
+
+class Interrupted(BaseException):
+    """A signal stopped the run. `exit_code` is 128 + the signal's number: 143 for SIGTERM, 130 for Ctrl-C.
+
+    Like KeyboardInterrupt no `Exception`: it strikes anywhere, also where every error means that a file is damaged. (And not a
+    KeyboardInterrupt, which click turns into one exit code.)
+    """
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -6,8 +6,9 @@ threads, ranks or restarts. Shards are shuffled, a few are open at a time, and s
 
 import io
 import os
+import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -52,7 +53,9 @@ class Samples(Protocol):
     """bool [samples]."""
     shard_samples: int
 
-    def load(self, shard: int) -> LoadedShard: ...
+    def load(self, shard: int, sign: Callable[[], None] = lambda: None) -> LoadedShard:
+        """Read a shard; `sign` is called when a part of it is there."""
+        ...
 
 
 class CacheSamples:
@@ -80,7 +83,7 @@ class CacheSamples:
         self.shard_samples = cache.layout.shard_samples
         self._where = {key: index for index, key in enumerate(source.keys)} if source and not cache.has_images else {}
 
-    def load(self, shard: int) -> LoadedShard:
+    def load(self, shard: int, sign: Callable[[], None] = lambda: None) -> LoadedShard:
         """Read a shard. Raises DamageError where a byte is not the one committed."""
         record = self.cache.record(shard)
         if record.digest != self._records[shard]:
@@ -89,13 +92,15 @@ class CacheSamples:
                 "--repair` mends what the images can mend."
             )
         images = (
-            self.cache.read_jpegs(shard) if self.cache.has_images else [self._read(s.key, s.source) for s in record.samples]
+            self.cache.read_jpegs(shard)
+            if self.cache.has_images
+            else [self._read(s.key, s.source, sign) for s in record.samples]
         )
         views = [None if s.view is None else _recorded_view(s.view) for s in record.samples]
         sizes = [None if s.width is None or s.height is None else (s.width, s.height) for s in record.samples]
         return LoadedShard(self.cache.read_codes(shard), images, views, sizes)
 
-    def _read(self, key: str, expected: str | None) -> bytes | None:
+    def _read(self, key: str, expected: str | None, sign: Callable[[], None]) -> bytes | None:
         if expected is None or self.source is None:
             return None
         if key not in self._where:
@@ -103,6 +108,7 @@ class CacheSamples:
                 f"{self.source.location}: image {key!r} of the cache is not there. Give the --data it was made from."
             )
         data = self.source.read(self._where[key])
+        sign()
         if digest(data) != expected:
             raise IdentityError(
                 f"{self.source.location}: image {key!r} is not the one the cache was made from. Extract it anew."
@@ -118,10 +124,13 @@ class SourceSamples:
         self.keys, self.labels = list(source.keys), list(source.labels)
         self.usable = np.ones(len(source), bool)
 
-    def load(self, shard: int) -> LoadedShard:
+    def load(self, shard: int, sign: Callable[[], None] = lambda: None) -> LoadedShard:
         """Read the images of a shard. Raises ImageError naming the one that cannot be read."""
         numbers = range(shard * self.shard_samples, min((shard + 1) * self.shard_samples, len(self.keys)))
-        images = [self.source.read(number) for number in numbers]
+        images = []
+        for number in numbers:
+            images.append(self.source.read(number))
+            sign()
         return LoadedShard(None, images, [None] * len(images), [None] * len(images))
 
 
@@ -166,7 +175,7 @@ class LoaderConfig:
     """Shards that samples are drawn across; up to twice as many lie decoded in memory, 17 to 34 MB each at full size."""
     threads: int | None = None
     timeout: float = 120.0
-    """Seconds that a sample may take to come, when it is waited for."""
+    """Seconds without any sign of progress after which a sample that is waited for is given up."""
 
 
 def epoch_order(usable: np.ndarray, shard_samples: int, *, seed: int, epoch: int, open_shards: int) -> np.ndarray:
@@ -262,15 +271,20 @@ class Loader:
 
     def _row_of(self, number: int, future: "Future[_Row]", pools: "tuple[Workers, Workers]") -> "_Row":
         """The prepared sample. Raises LoaderError if it does not come in time."""
-        try:
-            return future.result(self.config.timeout)
-        except TimeoutError:
+        asked = time.monotonic()
+        while True:
+            try:
+                return future.result(min(1.0, self.config.timeout))
+            except TimeoutError:
+                waited = time.monotonic() - max(asked, *(pool.last_sign for pool in pools))
+                if waited < self.config.timeout:
+                    continue
             busy = "; ".join(line for pool in reversed(pools) for line in pool.at_work()[:2]) or "no worker is at it"
             raise LoaderError(
-                f"sample {self.samples.keys[number]!r} of shard {number // self.samples.shard_samples} was not there after "
-                f"{self.config.timeout:g} s ({busy}). Check the disk and the network it lies on, or wait longer with "
-                "--data-timeout; --resume goes on from the last checkpoint."
-            ) from None
+                f"sample {self.samples.keys[number]!r} of shard {number // self.samples.shard_samples} did not come, nor "
+                f"anything else for {waited:.1f} s ({busy}). Check the disk and the network it lies on, or wait longer with "
+                "--data-timeout; a training goes on from its last checkpoint with --resume."
+            )
 
     def _submit(self, pool: Workers, readers: Workers, epoch: int, numbers: np.ndarray) -> "list[Future[_Row]]":
         rows = []
@@ -278,7 +292,7 @@ class Loader:
             shard, place = divmod(number, self.samples.shard_samples)
             loaded = self._shards.get(shard)
             if loaded is None:
-                loaded = self._shards[shard] = readers.submit(f"shard {shard}", self.samples.load, shard)
+                loaded = self._shards[shard] = readers.submit(f"shard {shard}", self.samples.load, shard, readers.sign)
                 while len(self._shards) > 2 * self.config.open_shards:
                     self._shards.popitem(last=False)
             self._shards.move_to_end(shard)

@@ -14,19 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sami_cache.errors import SamiCacheError
+from sami_cache.errors import Interrupted, SamiCacheError
 
 T = TypeVar("T")
 GRACE = 20.0
 """Seconds to finish what is in hand after a signal: schedulers send SIGKILL 30 seconds after SIGTERM, if not later."""
-
-
-class Interrupted(SamiCacheError):
-    """A signal stopped the run. `exit_code` is 128 + the signal's number: 143 for SIGTERM, 130 for Ctrl-C."""
-
-    def __init__(self, message: str, signal_number: int):
-        super().__init__(message)
-        self.exit_code = 128 + signal_number
 
 
 @contextmanager
@@ -124,6 +116,11 @@ class StopSignal:
     def seconds_left(self) -> float:
         """Of the grace; infinite as long as there was no signal."""
         return self._deadline - time.monotonic()
+
+    def check(self) -> None:
+        """Raise `Interrupted` if there was a signal."""
+        if self.number:
+            raise Interrupted(self._describe(), self.number)
 
     def _handle(self, number: int, frame: object) -> None:
         if number == signal.SIGALRM:

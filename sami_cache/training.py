@@ -83,9 +83,9 @@ class TrainConfig:
     """Of the autocast; weights stay float32. auto: bfloat16 on CUDA devices that have it, else float32."""
     compile: bool = False
     log_every: int = 10
-    """Steps. With several ranks also how long a signal may wait."""
+    """Steps."""
     checkpoint_every: int = 1000
-    """Steps; the last step is always saved."""
+    """Steps; the last step is always saved, and every step that is evaluated."""
     keep_checkpoints: int = 2
     """Two, so that there is one to fall back to when the newest is damaged."""
     evaluate_every: int | None = None
@@ -162,6 +162,8 @@ class Trainer:
         self.step = checkpoint.step if checkpoint else 0
         self._seconds = checkpoint.progress["seconds"] if checkpoint else 0.0
         self._saved_step = self.step if checkpoint else -1
+        self._grace = grace
+        self._owed: dict[str, float] = checkpoint.progress.get("owed") or {} if checkpoint else {}
 
         wants_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self._bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and wants_bfloat16)
@@ -186,13 +188,14 @@ class Trainer:
             if self._lock is not None:
                 stack.callback(self._lock.close)
             stack.enter_context(self._stop)
-            self._stop.holding = True
             self._run_log = stack.enter_context(closing(RunLog(self.run_dir, self.step))) if self.rank == 0 else None
             self._last_line = self._run_log.last if self._run_log else {}
             self._started = time.perf_counter()
             self.task.model.train()
-            if self.step == 0 and self.config.evaluate_every:
-                self._record(self._evaluate())
+            if self._owes_a_line():
+                self._record(self._owed | self._evaluate())
+            self._owed = {}
+            self._stop.holding = True
             if self.step < self.config.steps:
                 batches = self.task.batches(self.step)
                 stack.callback(_close, batches)
@@ -201,16 +204,22 @@ class Trainer:
 
     def _loop(self, model: nn.Module, batches: Iterator[Any]) -> None:
         config, waited, since, began = self.config, 0.0, self.step, time.perf_counter()
+        met_at, met, meets_at = self.step, began, self.step + 1
         while self.step < config.steps:
             lr = learning_rate(self.step, config)
             metrics, wait = self._train_step(model, batches, lr)
             self.step += 1
             waited += wait
             last, logs = self.step == config.steps, self.step % config.log_every == 0
-            # Ranks must stop at the same step, and agreeing costs a collective: with several, only when the log has them meet.
-            stop = largest(self._stop.number, self.device) if not last and (self.world == 1 or logs) else 0
-            evaluates = config.evaluate_every and (last or (self.step % config.evaluate_every == 0 and not stop))
-            saves = last or stop or self.step % config.checkpoint_every == 0
+            stop = 0
+            if self.world == 1 or self.step >= meets_at:
+                # Ranks must stop at the same step. Agreeing costs a collective, so several meet only four times in a grace.
+                stop, now = largest(self._stop.number, self.device), time.perf_counter()
+                step_ms = largest(round(1000 * (now - met) / (self.step - met_at)), self.device)
+                met_at, met = self.step, now
+                meets_at = self.step + max(1, min(config.log_every, int(250 * self._grace) // max(1, step_ms)))
+            evaluates = config.evaluate_every and (last or self.step % config.evaluate_every == 0)
+            saves = last or stop or evaluates or self.step % config.checkpoint_every == 0
             if logs or evaluates or saves or (self.device.type == "cpu" and self.world == 1):
                 self._check_finite()
             if logs or evaluates or last:
@@ -218,10 +227,18 @@ class Trainer:
                 elapsed = time.perf_counter() - began
                 line |= {"lr": lr, "images_per_s": config.batch_size * (self.step - since) / elapsed}
                 line |= {"data_wait_percent": 100 * waited / elapsed}
-                self._record(line | (self._evaluate() if evaluates else {}))
+                if evaluates:
+                    # It may take long, and a signal is not to lose the steps before it: they are kept first, with the line
+                    # that is still to be written. Then nothing is in hand.
+                    self._save(owed=line)
+                    self._stop.holding = False
+                    self._stop.check()
+                    line |= self._evaluate()
+                    self._stop.holding = True
+                self._record(line)
             if saves:
                 self._save()
-            if stop:
+            if stop and not last:
                 raise Interrupted(
                     f"stopped by {signal.Signals(stop).name} after step {self.step} of {config.steps}, checkpoint written to "
                     f"{self.run_dir / 'checkpoints'}: the same command with --resume goes on from here",
@@ -284,7 +301,15 @@ class Trainer:
         self._run_log.write(line)
         self.on_log(line)
 
-    def _save(self) -> None:
+    def _owes_a_line(self) -> bool:
+        """Whether the evaluation of the step we are at is still to be made; every rank gets the same answer."""
+        if not self.config.evaluate_every:
+            return False
+        return from_first_rank(
+            lambda: self._last_line.get("step", -1) < self.step if self._owed else self.step == 0, self.device
+        )
+
+    def _save(self, owed: Mapping[str, float] | None = None) -> None:
         if self.rank == 0 and self._saved_step != self.step and self._run_log is not None:
             self._run_log.sync()
             save_checkpoint(
@@ -293,7 +318,7 @@ class Trainer:
                 model=self.task.model.state_dict(),
                 optimizer=self.optimizer.named_state(),
                 config=self.settings,
-                progress={"seconds": self._elapsed()},
+                progress={"seconds": self._elapsed(), "owed": owed},
                 keep=self.config.keep_checkpoints,
             )
         # A rank that left now would have torchrun stop rank 0 in the middle of writing.
@@ -324,9 +349,7 @@ class Trainer:
 
     def _describe_abandoned(self) -> str:
         saved = f"step {self._saved_step}" if self._saved_step >= 0 else "none yet"
-        return (
-            f"step {self.step} abandoned at a second signal; last checkpoint: {saved}. The same command with --resume goes on"
-        )
+        return f"stopped at step {self.step}; last checkpoint: {saved}. The same command with --resume goes on from there"
 
     def _elapsed(self) -> float:
         return self._seconds + time.perf_counter() - self._started

@@ -25,9 +25,9 @@ class Workers:
     """`count` daemon threads that take tasks in order."""
 
     def __init__(self, count: int, name: str) -> None:
-        self._tasks: queue.SimpleQueue[tuple[Future[Any], str, Callable[..., Any], tuple[Any, ...]] | None] = (
-            queue.SimpleQueue()
-        )
+        self.last_sign = time.monotonic()
+        """When a thread last began or finished something, or said with `sign` that it goes on."""
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._busy: dict[str, tuple[str, float]] = {}
         self._count = count
         self._closed = False
@@ -39,6 +39,10 @@ class Workers:
         future: Future[T] = Future()
         self._tasks.put((future, what, call, arguments))
         return future
+
+    def sign(self) -> None:
+        """Called by a task that takes long, whenever a part of it is done."""
+        self.last_sign = time.monotonic()
 
     def at_work(self) -> list[str]:
         """What each busy thread is at, the one that began first in front."""
@@ -60,6 +64,7 @@ class Workers:
                 future.cancel()
                 continue
             self._busy[name] = what, time.monotonic()
+            self.sign()
             try:
                 future.set_result(call(*arguments))
             except SamiCacheError as error:
@@ -71,10 +76,11 @@ class Workers:
                 future.set_exception(_failure(f"worker {name} failed at {what} ({type(error).__name__}: {error})", error))
             finally:
                 del self._busy[name]
+                self.sign()
                 del future, call, arguments
 
 
 def _failure(message: str, cause: BaseException) -> LoaderError:
-    error = LoaderError(f"{message}; no step was made with it. --resume goes on from the last checkpoint.")
+    error = LoaderError(f"{message}. No step was made with it; a training goes on from its last checkpoint with --resume.")
     error.__cause__ = cause
     return error

@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -22,8 +23,9 @@ from sami_cache.store import cache as cache_module
 from sami_cache.store import creation
 from sami_cache.store.cache import Cache
 from sami_cache.store.codecs import fit_codec
+from sami_cache.store.commits import FileEntry
 from sami_cache.store.creation import create_cache
-from sami_cache.store.files import digest, write_durably
+from sami_cache.store.files import write_durably
 from sami_cache.store.head import identity_difference
 from sami_cache.store.integrity import verify_cache
 
@@ -173,7 +175,7 @@ def test_a_head_that_is_no_head_is_damage(tmp_path: Path, data: bytes) -> None:
         {"layout": {"shard_samples": 2**40, "chunk_samples": 1}},
         {"codec": {"kept": 2**40, "dtype": "int8"}},
         {"files": {}},
-        {"files": {"../../../etc/passwd": {"size": 1, "blake3": "0" * 64}}},
+        {"files": {"../../../etc/passwd": asdict(FileEntry.of(b"0"))}},
         {"files": 7},
         {"listing": "0" * 64},
         {"cache_id": "0" * 64},
@@ -205,7 +207,7 @@ def test_another_codec_or_listing_under_a_resealed_head_is_refused(tmp_path: Pat
     for name, use in (("mean/0", lambda c: c.codec), ("listing.parquet", lambda c: c.listing)):
         data, before = (other.path / name).read_bytes(), (cache.path / name).read_bytes()
         (cache.path / name).write_bytes(data)
-        reseal_head(cache.path, files=files | {name: {"size": len(data), "blake3": digest(data)}})
+        reseal_head(cache.path, files=files | {name: asdict(FileEntry.of(data))})
         opened = Cache(cache.path)
         with pytest.raises(DamageError, match=f"{name.split('/')[0]}: is not the .* that the head names"):
             use(opened)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from blake3 import blake3
 from conftest import full_cache
 
@@ -89,7 +90,8 @@ def test_json_is_canonical_and_seals_and_ids_are_what_the_page_says(cache: Cache
         assert digest == blake3(getattr(cache.codec, name).astype("<f4").tobytes()).hexdigest()
     for name, entry in head["files"].items():
         data = (cache.path / name).read_bytes()
-        assert entry == {"size": len(data), "blake3": blake3(data).hexdigest()}
+        digests = {"blake3": blake3(data).hexdigest(), "xxh3_128": xxhash.xxh3_128_hexdigest(data)}
+        assert entry == {"size": len(data), **digests}
 
 
 def test_the_roots_are_what_the_page_says(cache: Cache) -> None:

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from conftest import fill_shard, full_cache, make_samples, new_cache, teacher_li
 
 from sami_cache.errors import SamiCacheError
 from sami_cache.store.cache import Cache
-from sami_cache.store.files import canonical_json, digest, seal
+from sami_cache.store.commits import FileEntry
+from sami_cache.store.files import canonical_json, seal
 from sami_cache.store.integrity import LEVELS, Report, verify_cache
 from sami_cache.store.repair import quarantine_shard
 from sami_cache.store.shards import crc32c, pack_shard
@@ -419,7 +421,7 @@ def forge_codes(path: Path, codes: np.ndarray) -> None:
     data, checksums = pack_shard(codes, cache.layout)
     (path / "codes/0.0.0.0").write_bytes(data)
     record = {name: value for name, value in json.loads(cache.record_path(0).read_bytes()).items() if name != "blake3"}
-    record["files"]["codes/0.0.0.0"] = {"size": len(data), "blake3": digest(data)}
+    record["files"]["codes/0.0.0.0"] = asdict(FileEntry.of(data))
     record["chunk_crc32c"] = checksums
     cache.record_path(0).write_bytes(canonical_json(seal(record)))
     for name in ("ROOT.json", "manifest.parquet"):
@@ -483,7 +485,7 @@ def test_a_forged_manifest_under_a_forged_root_is_found(path: Path) -> None:
     pq.write_table(forged, path / "manifest.parquet")
     data = (path / "manifest.parquet").read_bytes()
     root = {name: value for name, value in json.loads((path / "ROOT.json").read_bytes()).items() if name != "blake3"}
-    root["manifest"] = {"size": len(data), "blake3": digest(data)}
+    root["manifest"] = asdict(FileEntry.of(data))
     (path / "ROOT.json").write_bytes(canonical_json(seal(root)))
     assert named(verify_cache(path, level="deep")) == {"manifest.parquet"}
     assert named(verify_cache(path, expected_root=root["root"])) == {"manifest.parquet"}
@@ -501,7 +503,7 @@ def test_a_forged_manifest_under_a_forged_root_is_found(path: Path) -> None:
         {"root": 5},
         {"root": "xyz"},
         {"manifest": None},
-        {"manifest": {"size": -1, "blake3": "0" * 64}},
+        {"manifest": asdict(FileEntry.of(b"")) | {"size": -1}},
         {"failed": "none"},
         {"cache_id": "0" * 64},
         {"cache_id": None},
@@ -521,7 +523,7 @@ def test_metadata_that_would_mislead_stock_readers_is_found_even_if_the_head_vou
     (path / "codes/zarr.json").write_bytes(forged)
     head = json.loads((path / "zarr.json").read_bytes())
     attributes = {name: value for name, value in head["attributes"]["sami_cache"].items() if name != "blake3"}
-    attributes["files"]["codes/zarr.json"] = {"size": len(forged), "blake3": digest(forged)}
+    attributes["files"]["codes/zarr.json"] = asdict(FileEntry.of(forged))
     head["attributes"]["sami_cache"] = seal(attributes)
     (path / "zarr.json").write_bytes(canonical_json(head))
     assert named(verify_cache(path)) == {"codes/zarr.json", "spare.tar"}  # the copy is still the right one

@@ -27,6 +27,8 @@ _BACKGROUND = (255, 255, 255)
 # By content, never by file name. The plugins are called directly, not through Image.open: that one warns of large images, and
 # a warning can be neither caught nor silenced for one thread alone. Plain JpegImageFile gives the first picture of an MPO.
 _MAX_SCANS = 250
+# Of a JPEG: neither a stuffed byte nor a restart, which are parts of a scan.
+_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 _FORMATS: list[tuple[re.Pattern[bytes], Callable[[io.BytesIO], ImageFile]]] = [
     (re.compile(rb"\xff\xd8\xff"), JpegImagePlugin.JpegImageFile),
     (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImagePlugin.PngImageFile),
@@ -103,9 +105,8 @@ def encode_jpeg(image: Image.Image, *, short_side: int = 256, quality: int = 90)
 
 
 def _opener(data: bytes) -> Callable[[io.BytesIO], ImageFile]:
-    # A photograph has about ten; thousands, in one small file, take minutes to decode.
-    if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > _MAX_SCANS:
-        raise ImageError(f"too many scans: expected at most {_MAX_SCANS} in a progressive JPEG")
+    if data[:2] == b"\xff\xd8":
+        _check_scans(data)
     for magic, opener in _FORMATS:
         if magic.match(data):
             return opener
@@ -126,6 +127,20 @@ def _check_pixels(size: tuple[int, int], limit: int, *, what: str = "") -> None:
     width, height = size
     if width * height > limit:
         raise ImageError(f"too many pixels: expected at most {limit}, found {what}{width}x{height}")
+
+
+def _check_scans(data: bytes) -> None:
+    """A progressive JPEG has about ten scans; thousands, in one small file, take minutes to decode."""
+    position = scans = 0
+    while marker := _MARKER.search(data, position):
+        position = marker.end()
+        if marker[1] == b"\xd9":  # the end of the image; what follows is none of it
+            return
+        scans += marker[1] == b"\xda"
+        if scans > _MAX_SCANS:
+            raise ImageError(f"too many scans: expected at most {_MAX_SCANS} in a progressive JPEG")
+        if marker[1] != b"\xd8":
+            position += int.from_bytes(data[position : position + 2])
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

@@ -268,11 +268,11 @@ class Cache:
                 raise ValueError("roots")
         return value
 
-    def manifest(self, root: dict[str, Any]) -> pa.Table:
-        """The table that ROOT.json names. Raises DamageError."""
+    def manifest(self, root: dict[str, Any], columns: list[str] | None = None) -> pa.Table:
+        """The table that ROOT.json names, or some of its columns. Raises DamageError."""
         data = self._read_checked("manifest.parquet", FileEntry(**root["manifest"]), "that ROOT.json names")
-        table = _read_parquet(self.path / "manifest.parquet", data, self.samples)
-        if not table.schema.equals(TABLE_SCHEMA):
+        table = _read_parquet(self.path / "manifest.parquet", data, self.samples, columns)
+        if not table.schema.equals(pa.schema([TABLE_SCHEMA.field(name) for name in columns or TABLE_SCHEMA.names])):
             raise DamageError(f"{self.path / 'manifest.parquet'}: has other columns than a manifest")
         return table
 
@@ -301,12 +301,12 @@ class Cache:
             )
 
 
-def _read_parquet(path: Path, data: bytes, rows: int) -> pa.Table:
+def _read_parquet(path: Path, data: bytes, rows: int, columns: list[str] | None = None) -> pa.Table:
     """The table in `data`, which must have `rows` rows: a small file can claim any number of them."""
     try:
         file = pq.ParquetFile(BytesIO(data))
         if file.metadata.num_rows == rows:
-            return file.read()
+            return file.read(columns)
         what = f"{file.metadata.num_rows} rows, expected {rows}"
     except (pa.ArrowException, OSError) as error:
         what = f"not a Parquet file ({error})"

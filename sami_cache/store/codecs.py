@@ -58,17 +58,21 @@ class Codec:
 
     def encode(self, embeddings: np.ndarray) -> np.ndarray:
         """float32 [n, C, h, w] -> codes [n, kept, h, w]. Values out of the code's range are clipped (float16: refused)."""
-        n, channels, height, width = embeddings.shape
-        flat = embeddings.reshape(n, channels, height * width)
-        flat = (self.basis @ flat - self._rotated_mean[:, None]) / self.step[:, None]
-        if self.dtype in _LIMITS:
-            limit = _LIMITS[self.dtype]
-            flat = np.clip(np.rint(flat, out=flat), -limit, limit, out=flat)
-        elif np.abs(flat).max(initial=0) > np.finfo(np.float16).max:
-            raise SamiCacheError(
-                f"an embedding lies {np.abs(flat).max():.4g} from the mean, float16 ends at 65504: choose --codec pca or int8."
-            )
-        return flat.astype(self.dtype).reshape(n, self.kept, height, width)
+        n, _, height, width = embeddings.shape
+        codes = np.empty((n, self.kept, height, width), self.dtype)
+        for part in _parts(embeddings):
+            flat = embeddings[part].reshape(-1, self.channels, height * width)
+            flat = (self.basis @ flat - self._rotated_mean[:, None]) / self.step[:, None]
+            if self.dtype in _LIMITS:
+                limit = _LIMITS[self.dtype]
+                flat = np.clip(np.rint(flat, out=flat), -limit, limit, out=flat)
+            elif np.abs(flat).max(initial=0) > np.finfo(np.float16).max:
+                raise SamiCacheError(
+                    f"an embedding lies {np.abs(flat).max():.4g} from the mean, float16 ends at 65504: choose --codec pca or "
+                    "int8."
+                )
+            codes[part] = flat.reshape(-1, self.kept, height, width)
+        return codes
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """codes [n, kept, h, w] -> float32 [n, C, h, w]: mean + basis^T (step * codes)."""
@@ -82,8 +86,10 @@ class Codec:
         error = sum of squared differences / sum of (embedding - mean)^2 of the sample; energy = the latter's mean over
         channels and positions, relative to `variance`. A set's error is sum(error * energy) / sum(energy).
         """
-        lost = np.square(embeddings - self.decode(codes), dtype=np.float64).mean((1, 2, 3))
-        energy = np.square(embeddings - self.mean[:, None, None], dtype=np.float64).mean((1, 2, 3))
+        lost, energy = np.empty(len(codes)), np.empty(len(codes))
+        for part in _parts(embeddings):
+            lost[part] = np.square(embeddings[part] - self.decode(codes[part]), dtype=np.float64).mean((1, 2, 3))
+            energy[part] = np.square(embeddings[part] - self.mean[:, None, None], dtype=np.float64).mean((1, 2, 3))
         floor = np.finfo(np.float64).tiny
         return lost / np.maximum(energy, floor), energy / max(self.variance, floor)
 
@@ -91,7 +97,8 @@ class Codec:
         """How many codes of each sample lie at the end of the range: int64 [n]."""
         if self.dtype not in _LIMITS:
             return np.zeros(len(codes), np.int64)
-        return (np.abs(codes.astype(np.int32)) >= _LIMITS[self.dtype]).sum((1, 2, 3), dtype=np.int64)
+        limit = _LIMITS[self.dtype]
+        return ((codes == limit) | (codes == -limit)).sum((1, 2, 3), dtype=np.int64)
 
     def parameters(self) -> dict[str, Any]:
         """What the cache's attributes keep beside the arrays."""
@@ -105,6 +112,12 @@ class Codec:
             "spectrum": list(self.spectrum),
             "fit_samples": self.fit_samples,
         }
+
+
+def _parts(embeddings: np.ndarray) -> list[slice]:
+    """Samples by a megabyte: what is computed on the way stays in the processor's cache, a shard's would be mapped anew."""
+    size = max(1, (1 << 20) // max(1, embeddings[:1].nbytes))
+    return [slice(start, start + size) for start in range(0, len(embeddings), size)]
 
 
 def fit_codec(name: str, embeddings: np.ndarray, *, error: float = 0.01) -> Codec:

@@ -5,6 +5,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 from sami_cache.errors import SamiCacheError
 from sami_cache.store.cache import Cache, listing_digest
 from sami_cache.store.codecs import Codec
+from sami_cache.store.commits import FileEntry
 from sami_cache.store.files import canonical_json, digest, disk_full_as_error, fsync_directory, seal, write_durably
 from sami_cache.store.head import CODEC_ARRAYS, FORMAT, HEAD, array_file, group_metadata, metadata_files
 from sami_cache.store.shards import ShardLayout, crc32c
@@ -63,7 +65,7 @@ def create_cache(
         **essence,
         "cache_id": digest(canonical_json(essence)),
         "class_names": list(class_names) if class_names is not None else None,
-        "files": {name: {"size": len(data), "blake3": digest(data)} for name, data in files.items()},
+        "files": {name: asdict(FileEntry.of(data)) for name, data in files.items()},
         "provenance": provenance,
     }
     files[HEAD] = canonical_json(group_metadata(seal(attributes)))

@@ -117,9 +117,9 @@ def read_file(path: Path, at_most: int = 1 << 26) -> bytes:
         return file.readall()
 
 
-def digest_file(path: Path, block: int = 1 << 22) -> str:
-    """BLAKE3 of a file, read once from front to back. Raises DamageError where it cannot be read."""
-    hasher, buffer = blake3(), bytearray(block)
+def hash_file(path: Path, hasher: Any, block: int = 1 << 19) -> str:
+    """The hexadecimal digest of a file, read once from front to back. Raises DamageError where it cannot be read."""
+    buffer = bytearray(block)  # half a megabyte stays in the processor's cache between reading and hashing
     view = memoryview(buffer)
     with os.fdopen(open_to_read(path), "rb", buffering=0) as file, reading(path):
         while count := file.readinto(buffer):

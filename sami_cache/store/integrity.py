@@ -12,19 +12,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
+from blake3 import blake3
 
 from sami_cache.errors import DamageError, SamiCacheError
 from sami_cache.store.cache import Cache
 from sami_cache.store.commits import OK, FileEntry, Record, root_fields, samples_table
-from sami_cache.store.files import digest, digest_file, read_file, reading
+from sami_cache.store.files import digest, hash_file, read_file, reading
 from sami_cache.store.head import HEAD
-from sami_cache.store.shards import ShardFile, crc32c
-from sami_cache.store.spare import SPARE, read_spare, rightful_id
+from sami_cache.store.shards import MAX_SHARD_BYTES, ShardFile, crc32c
+from sami_cache.store.spare import SPARE, pack_spare, read_spare, rightful_id
 
 LEVELS = ("quick", "default", "deep")
 _NOT_CHECKED = {
     "quick": "the bytes of codes and images (only that they are there and how long they are)",
-    "default": "whether the codes decode to what their content digests say (--deep)",
+    "default": "whether the codes decode to what their content digests say, and whether somebody made other files of the same "
+    "XXH3 (--deep)",
 }
 _ALWAYS_OPEN = (
     "whether the teacher would give these embeddings again (--audit N)",
@@ -81,6 +84,8 @@ class _Sealed:
     manifest: pa.Table | None = None
     records: list[str] = field(default_factory=list)
     """The digest of each shard's record."""
+    pinned: bool = False
+    """Whether a root from elsewhere is to be met."""
 
 
 @dataclass
@@ -129,25 +134,26 @@ def verify_cache(
         return report
     report.cache_id, report.shards, report.samples = cache.cache_id, cache.shards, cache.samples
     _check_static(cache, report)
-    root, sealed = None, _Sealed()
+    root, sealed = None, _Sealed(pinned=expected_root is not None)
     try:
         root = cache.root()
         if root is None:
             what = "missing: the cache is not sealed. Run the same `sami-cache extract` command to finish it."
             report.findings.append(Finding(path="ROOT.json", what=what))
         else:
-            manifest = cache.manifest(root)
-            starts = range(0, cache.samples, cache.layout.shard_samples)
             # A pinned root is over the records, and training reads labels from the manifest.
-            compared = level == "deep" or expected_root is not None
-            sealed = _Sealed(manifest if compared else None, manifest["record"].take(list(starts)).to_pylist())
+            compared = level == "deep" or sealed.pinned
+            manifest = cache.manifest(root, None if compared else ["record"])
+            starts = range(0, cache.samples, cache.layout.shard_samples)
+            sealed.manifest = manifest if compared else None
+            sealed.records = manifest["record"].take(list(starts)).to_pylist()
             report.bytes_read += root["manifest"]["size"]
     except DamageError as error:
         name = "ROOT.json" if root is None else "manifest.parquet"
         report.findings.append(Finding(path=name, what=_short(error, cache)))
     report.sealed = root is not None
     results: list[_ShardResult] = []
-    with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(threads or max(4, min(8, os.cpu_count() or 1))) as pool:
         for result in pool.map(lambda shard: _check_shard(cache, shard, level, sealed), range(cache.shards)):
             results.append(result)
             report.findings += result.findings
@@ -181,10 +187,10 @@ def _check_static(cache: Cache, report: Report) -> None:
     try:
         copies = read_spare(cache.path)
         for name, entry in cache.files.items():
-            if not entry.describes(copies.pop(name, b"")):
+            if not entry.describes(copies.get(name, b"")):
                 raise DamageError(f"{SPARE}: its copy of {name} is not the one the cache was made with")
-        if copies != {HEAD: whole[HEAD]}:
-            raise DamageError(f"{SPARE}: its copy of {HEAD} is another one")
+        if read_file(cache.path / SPARE, at_most=MAX_SHARD_BYTES) != pack_spare(copies | {HEAD: whole[HEAD]}):
+            raise DamageError(f"{SPARE}: is not what was written, beside the copies; or its copy of {HEAD} is another one")
         report.bytes_read += (cache.path / SPARE).stat().st_size
     except DamageError as error:
         report.findings.append(Finding(path=SPARE, what=_short(error, cache).removeprefix(f"{SPARE}: ")))
@@ -201,7 +207,7 @@ def _check_shard(cache: Cache, shard: int, level: str, sealed: "_Sealed") -> _Sh
     if sealed.records and sealed.records[shard] != outline.digest:
         result.findings.append(Finding(path=name, what="is not the record that the cache was sealed with", shard=shard))
     for file, entry in outline.files.items():
-        what, read = _check_file(cache.path / file, entry, level)
+        what, read = _check_file(cache.path / file, entry, level, sealed.pinned)
         result.bytes_read += read
         if what:
             keys = _damaged_samples(cache, shard, file)
@@ -221,8 +227,11 @@ def _check_shard(cache: Cache, shard: int, level: str, sealed: "_Sealed") -> _Sh
     return result
 
 
-def _check_file(path: Path, entry: FileEntry, level: str) -> tuple[str | None, int]:
-    """What is wrong with a file of a shard, and how many of its bytes were read to say so."""
+def _check_file(path: Path, entry: FileEntry, level: str, pinned: bool) -> tuple[str | None, int]:
+    """What is wrong with a file of a shard, and how many of its bytes were read to say so.
+
+    XXH3 finds every accident that BLAKE3 finds, at twice the speed; where somebody may have meant it, BLAKE3 it is.
+    """
     try:
         with reading(path):
             size = path.stat().st_size
@@ -230,11 +239,13 @@ def _check_file(path: Path, entry: FileEntry, level: str) -> tuple[str | None, i
             return f"{size} bytes, its commit record says {entry.size}", 0
         if level == "quick":
             return None, 0
-        found = digest_file(path)
+        strong = level == "deep" or pinned
+        found = hash_file(path, blake3() if strong else xxhash.xxh3_128())
     except DamageError as error:
         return str(error).partition(": ")[2], 0
-    if found != entry.blake3:
-        return f"its BLAKE3 is {found[:16]}..., its commit record says {entry.blake3[:16]}...", size
+    name, expected = ("BLAKE3", entry.blake3) if strong else ("XXH3", entry.xxh3_128)
+    if found != expected:
+        return f"its {name} is {found[:16]}..., its commit record says {expected[:16]}...", size
     return None, size
 
 
@@ -300,7 +311,7 @@ def _check_roots(
 ) -> None:
     records = [result.digests for result in results if result.digests]
     if len(records) == cache.shards:
-        nothing = FileEntry(size=0, blake3=cache.cache_id)
+        nothing = FileEntry.of(b"")
         found = root_fields(cache.cache_id, records, cache.samples, report.failed_samples, nothing)
         report.root = found["root"]
         if all(result.decoded for result in results):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from sami_cache.errors import DamageError, SamiCacheError
 from sami_cache.store.cache import Cache
@@ -22,8 +23,8 @@ from sami_cache.store.commits import OK, FileEntry, Record, Sample, record_bytes
 from sami_cache.store.files import (
     canonical_json,
     digest,
-    digest_file,
     disk_full_as_error,
+    hash_file,
     make_hold,
     move_aside,
     publish,
@@ -81,7 +82,7 @@ def write_shard(
     good = np.array([sample.status == OK for sample in samples])
     check_embeddings(embeddings, samples, good)
     codes = np.zeros((len(good), *cache.layout.sample_shape), cache.layout.stored_dtype)
-    codes[good] = cache.codec.encode(embeddings[good])
+    codes[good] = cache.codec.encode(_only(embeddings, good))
     names = cache.shard_files(shard)
     won, content = False, digest(codes.data.cast("B"))
     known = _Known()
@@ -134,7 +135,7 @@ def _enforce(cache: Cache, record: Record, known: _Known) -> None:
     for name, entry in record.files.items():
         path = cache.path / name
         with suppress(DamageError):
-            if digest_file(path) == entry.blake3:
+            if hash_file(path, xxhash.xxh3_128()) == entry.xxh3_128:
                 continue
         for data in known.held.get(name, []):
             if entry.describes(data):
@@ -166,7 +167,8 @@ def _publish_or_adopt(
             moved = move_aside(path, quarantine)
             overtaken = os.path.lexists(cache.record_path(shard))
             with suppress(DamageError):
-                if overtaken or read_file(moved, at_most=MAX_SHARD_BYTES) != found:
+                held.append(read_file(moved, at_most=MAX_SHARD_BYTES))
+                if overtaken or held[-1] != found:
                     # Between the look and the move another has committed it, or put a whole file in its place.
                     with suppress(FileExistsError):
                         os.link(moved, path)
@@ -204,7 +206,7 @@ def _publish_codes(
         with suppress(DamageError):
             stored, checksums = read(data)
             if data != packed or np.array_equal(stored, codes):
-                return FileEntry(size=len(data), blake3=digest(data)), stored, checksums
+                return FileEntry.of(data), stored, checksums
         _check_not_committed(cache, shard)
     raise DamageError(f"{path}: read back, it does not hold the codes that were written. Check the disk and the memory.")
 
@@ -230,8 +232,13 @@ def _publish_images(
             return False
 
     data = _publish_or_adopt(cache, shard, cache.shard_files(shard)[1], pack_images(table), adoptable, known)
-    entry = FileEntry(size=len(data), blake3=digest(data))
+    entry = FileEntry.of(data)
     return entry, {key: place for key, (_, place) in locate_images(data).items()}
+
+
+def _only(values: np.ndarray, good: np.ndarray) -> np.ndarray:
+    """The good rows; a shard's embeddings are not copied for nothing."""
+    return values if good.all() else values[good]
 
 
 def _complete_samples(
@@ -242,7 +249,7 @@ def _complete_samples(
     good: np.ndarray,
     jpegs: dict[str, list[int]],
 ) -> list[Sample]:
-    error, energy = cache.codec.distortion(embeddings[good], codes[good])
+    error, energy = cache.codec.distortion(_only(embeddings, good), _only(codes, good))
     clipped = cache.codec.clipped(codes)
     rows, measured = [], iter(zip(error, energy, strict=True))
     for index, sample in enumerate(samples):
@@ -282,7 +289,7 @@ def seal_cache(cache: Cache) -> dict[str, Any]:
     sink = BytesIO()
     pq.write_table(table, sink, compression="zstd")
     manifest = sink.getvalue()
-    entry = FileEntry(size=len(manifest), blake3=digest(manifest))
+    entry = FileEntry.of(manifest)
     root = root_fields(cache.cache_id, records, cache.samples, failed, entry)
     with suppress(DamageError):
         # Another version of pyarrow writes the same table in other bytes: that is no reason to seal again.
