@@ -235,14 +235,22 @@ def _extract_again(
 
 
 def _sources_of(cache: Cache, shards: list[int]) -> Iterator[dict[str, str]]:
-    """What is still known of the images of these shards: from the manifest, or from the records that are whole."""
+    """What is known of the images of these shards: what the record says, or if that is lost, the manifest.
+
+    Where both are whole and differ, one is of another time, and the image is not known.
+    """
+    sealed: dict[int, dict[str, str]] = {shard: {} for shard in shards}
     with suppress(DamageError):
         root = cache.root()
         if root is not None:
-            table = cache.manifest(root)
-            rows = table.filter(pa.array(np.isin(table["shard"].to_numpy(), shards))).select(["key", "source"]).to_pylist()
-            yield {row["key"]: row["source"] for row in rows if row["source"]}
-            return
+            table = cache.manifest(root, ["shard", "key", "source"])
+            for row in table.filter(pa.array(np.isin(table["shard"].to_numpy(), shards))).to_pylist():
+                if row["source"]:
+                    sealed[row["shard"]][row["key"]] = row["source"]
     for shard in shards:
-        with suppress(DamageError):
-            yield {sample.key: sample.source for sample in cache.record(shard).samples if sample.source}
+        try:
+            known = {sample.key: sample.source for sample in cache.record(shard).samples if sample.source}
+        except DamageError:
+            yield sealed[shard]
+            continue
+        yield {key: source for key, source in known.items() if sealed[shard].get(key, source) == source}

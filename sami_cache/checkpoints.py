@@ -101,7 +101,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         for name in (MODEL, OPTIMIZER):
             os.close(open_to_read(path / name))  # a pipe in its place would be waited for
             if (found := _fingerprint(path / name)) != state["files"][name]:
-                raise DamageError(f"{path / name}: expected {state['files'][name]}, found {found}")
+                raise DamageError(f"{path / name}: expected {one_line(state['files'][name])}, found {found}")
         return Checkpoint(
             step=state["step"],
             config=state["config"],

@@ -100,16 +100,17 @@ class StopSignal:
         self.holding = False
         self._describe, self._grace, self._deadline = describe, grace, math.inf
         self._previous: dict[signal.Signals, Any] = {}
+        self._timer: threading.Timer | None = None
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+            for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._previous:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        if self._timer is not None:
+            self._timer.cancel()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -123,17 +124,21 @@ class StopSignal:
             raise Interrupted(self._describe(), self.number)
 
     def _handle(self, number: int, frame: object) -> None:
-        if number == signal.SIGALRM:
-            number = self.number
-        elif not self.number and self.holding and self._grace > 0:
+        if not self.number and self.holding and self._grace > 0:
             self.number, self._deadline = number, time.monotonic() + self._grace
-            signal.setitimer(signal.ITIMER_REAL, self._grace)
+            # The end of the grace is one more signal. (Not the alarm, of which a process has one, and others use it.)
+            self._timer = threading.Timer(self._grace, self._expire)
+            self._timer.daemon = True
+            self._timer.start()
             return
         self.number = number
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for each in (signal.SIGTERM, signal.SIGINT):
+        for each in self._previous:
             signal.signal(each, signal.SIG_DFL)
         raise Interrupted(self._describe(), number)
+
+    def _expire(self) -> None:
+        if signal.getsignal(self.number) == self._handle:
+            signal.pthread_kill(threading.main_thread().ident or 0, self.number)
 
 
 def is_first_process() -> bool:

@@ -196,7 +196,7 @@ class _ParquetLayout:
             have = ", ".join(f"{field.name} ({field.type})" for field in schema)
             raise SamiCacheError(
                 f"{file_text(self.path)} has no image column: expected a struct {{bytes, path}}, <name>.bytes, or a binary "
-                f"column named {', '.join(_IMAGE_COLUMNS)}; found {file_text(have)}"
+                f"column named {', '.join(_IMAGE_COLUMNS)}; found {one_line(have)}"
             )
         self._nested = bool(nested)
         if found.count(preferred[0]) > 1:
