@@ -62,7 +62,9 @@ def main() -> None:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    raise SystemExit(_fail("interrupted with nothing in hand; the same command goes on.", 128 + number))
+    raise SystemExit(
+        _fail("interrupted with nothing in hand; run the same command again to go on (train: with --resume).", 128 + number)
+    )
 
 
 def _fail(message: str, code: int) -> int:
