@@ -77,7 +77,7 @@ def train(
     grace: Grace = 20.0,
     data_timeout: Annotated[
         float, typer.Option(min=0.1, max=86400, help="Seconds without any progress in reading after which the run stops.")
-    ] = 120.0,
+    ] = 60.0,
 ) -> None:
     """Pretrain a student from a cache (SAMI), from pixels (MAE), or with the teacher online.
 

@@ -77,7 +77,7 @@ class TrainingConfig:
     evaluate_every: int | None = None
     grace: float = GRACE
     """Seconds that the step in hand and its checkpoint may take after SIGTERM or SIGINT."""
-    data_timeout: float = 120.0
+    data_timeout: float = 60.0
     """Seconds without any progress in reading after which the run stops with an error."""
     resume: bool = False
     """Continue the run in `run`."""

@@ -174,7 +174,7 @@ class LoaderConfig:
     open_shards: int = 8
     """Shards that samples are drawn across; up to twice as many lie decoded in memory, 17 to 34 MB each at full size."""
     threads: int | None = None
-    timeout: float = 120.0
+    timeout: float = 60.0
     """Seconds without any sign of progress after which a sample that is waited for is given up."""
 
 
