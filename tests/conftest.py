@@ -157,7 +157,7 @@ def campaign(request: pytest.FixtureRequest):
         text = (
             f"# Reliability: {name}\n\n{inspect.cleandoc(request.module.__doc__ or '')}\n\n"
             f"Command: `python -m pytest -m slow {test}`, seed {seed}. Hardware: {hardware}, {platform.system()} "
-            f"{platform.release()}, Python {platform.python_version()}. "
+            f"{'.'.join(platform.release().split('.')[:2])}, Python {platform.python_version()}. "
             f"Duration: {time.monotonic() - started:.0f} s. Date: {today}.\n\n"
             f"| figure | value |\n|---|---|\n{rows}\n"
         )
