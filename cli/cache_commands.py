@@ -19,7 +19,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Workers = Annotated[int | None, typer.Option(help="Threads that read and decode images. Default: one a core, at most 16.")]
 Grace = Annotated[
     float,
-    typer.Option(min=0, max=86400, help="Seconds to finish what is in hand after SIGTERM or Ctrl-C, once."),
+    typer.Option(min=0, max=86400, help="Seconds to finish what is in hand after SIGTERM or Ctrl-C (0: none)."),
 ]
 WeightsDigest = Annotated[
     str | None, typer.Option("--weights-sha256", help="SHA-256 that the --weights file must have; checked before it is read.")
@@ -190,9 +190,14 @@ def verify(
     tolerance: Annotated[float, typer.Option(help="How far below 1 - (codec error) an audited cosine may lie.")] = 0.005,
     sources: Annotated[bool, typer.Option("--sources", help="Hash the source images again.")] = False,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Move damaged shards to quarantine/ and extract exactly those again.")
+        bool,
+        typer.Option(
+            "--repair", help="Put back what has a copy and extract damaged shards again; what was there goes to quarantine/."
+        ),
     ] = False,
-    root: Annotated[str | None, typer.Option(help="The root that the cache must have.")] = None,
+    root: Annotated[
+        str | None, typer.Option(help="The root that the cache must have, noted elsewhere: finds tampering too.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Where the images are now. Default: where they were.")] = None,
     weights: Annotated[str | None, typer.Option(help="The teacher's checkpoint. Default: the one used at extraction.")] = None,
     weights_sha256: WeightsDigest = None,
