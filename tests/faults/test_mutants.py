@@ -27,17 +27,18 @@ def copy_of_the_repository(folder: Path) -> Path:
     return folder
 
 
-def run_tests(folder: Path, tests: tuple[str, ...]) -> bool:
-    """Whether they pass. A program that does not end is a failure like another."""
+def failure_of(folder: Path, tests: tuple[str, ...]) -> str:
+    """What they say if they fail, else nothing. A program that does not end is a failure like another."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--timeout", str(LIMIT - 20), *tests]
     command += ["--basetemp", str(folder / "temporary")]
     try:
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=LIMIT, check=False)
     except subprocess.TimeoutExpired:
-        return False
-    assert done.returncode in (0, 1), done.stdout.decode()[-2000:] + done.stderr.decode()[-2000:]
-    return done.returncode == 0
+        return f"not at an end after {LIMIT} s"
+    said = done.stdout.decode()[-3000:] + done.stderr.decode()[-1000:]
+    assert done.returncode in (0, 1), said
+    return said if done.returncode else ""
 
 
 def mutate(folder: Path, mutant: Mutant) -> None:
@@ -52,7 +53,7 @@ def mutate(folder: Path, mutant: Mutant) -> None:
 def killed_by(mutant: Mutant, folder: Path) -> str | None:
     """The tests that fail, None if the mutant survives."""
     mutate(copy_of_the_repository(folder), mutant)
-    found = next((test for test in mutant.tests if not run_tests(folder, (test,))), None)
+    found = next((test for test in mutant.tests if failure_of(folder, (test,))), None)
     shutil.rmtree(folder)
     return found
 
@@ -70,7 +71,7 @@ def test_every_mutant_is_one_of_the_code_as_it_is(tmp_path):
 def test_every_mutant_is_killed(tmp_path, campaign):
     # With nothing taken away they pass, or their failing would say nothing.
     healthy = copy_of_the_repository(tmp_path / "healthy")
-    assert run_tests(healthy, tuple(sorted({test for mutant in MUTANTS for test in mutant.tests})))
+    assert failure_of(healthy, tuple(sorted({test for mutant in MUTANTS for test in mutant.tests}))) == ""
     with ThreadPoolExecutor(2) as pool:
         killers = list(pool.map(lambda pair: killed_by(pair[1], tmp_path / f"mutant{pair[0]}"), enumerate(MUTANTS)))
     rows = {
