@@ -86,7 +86,8 @@ def campaign_of(spawn, cache: Path, folder: Path, count: int) -> Counter:
         prepare = partial(break_worker, kind, place, rng.randint(1, PLACES[place]))
         started = time.monotonic()
         child = spawn(*given(cache, run), stderr=str(stderr), prepare=prepare)
-        child.join(120)
+        child.join(60)
+        child.kill()  # nothing, if it is gone
         seconds, said = time.monotonic() - started, stderr.read_text()
         assert child.exitcode == 2, (kind, place, child.exitcode, said)
         assert seconds < TIMEOUT + SLACK, (kind, place, seconds)
