@@ -1,5 +1,6 @@
 """What is flushed, and in which order: checked by watching the system calls, so that a removed fsync fails."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -121,3 +122,22 @@ def test_moving_aside_never_replaces(tmp_path: Path) -> None:
         (tmp_path / "f").write_text(str(number))
         move_aside(tmp_path / "f", tmp_path / "quarantine")
     assert sorted(int(path.read_text()) for path in (tmp_path / "quarantine").iterdir()) == list(range(20))
+
+
+@pytest.mark.parametrize("failing", ["tmp", "folder"])
+def test_a_flush_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    """A disk says once that it could not write, and the next flush succeeds over lost data: the first word counts."""
+    real = os.fsync
+
+    def broken(descriptor: int) -> None:
+        place = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if (place.parent.name == "tmp") if failing == "tmp" else (place == tmp_path / "f"):
+            raise OSError(errno.EIO, "Input/output error")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", broken)
+    (tmp_path / "f").mkdir()
+    with pytest.raises(OSError, match="Input/output error"):
+        publish(tmp_path / "f" / "name", b"data", tmp_path / "tmp")
+    assert (tmp_path / "f" / "name").exists() == (failing == "folder")  # there, and not yet promised
+    assert list((tmp_path / "tmp").iterdir()) == []

@@ -66,7 +66,7 @@ MUTANTS = (
         FILES,
         "        os.fsync(descriptor)\n    except",
         "        try:\n            os.fsync(descriptor)\n        except OSError:\n            pass\n    except",
-        (KILLS,),
+        (DURABILITY, KILLS),
     ),
     # What is committed is never replaced, lost or mixed.
     Mutant(
