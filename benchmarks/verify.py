@@ -34,8 +34,8 @@ SAMPLES, CHANNELS, GRID = 512, 64, 32
 ROUNDS = 7
 
 
-def make_cache(path: Path, shards: int) -> Cache:
-    """A cache whose files have the sizes of real ones; its features are smooth correlated noise."""
+def make_cache(path: Path, shards: int) -> tuple[Cache, list[float]]:
+    """A cache whose files have the sizes of real ones, of smooth correlated noise; and the seconds of each commit."""
     rng = np.random.default_rng(0)
     mixing = (rng.normal(size=(CHANNELS, CHANNELS)) * 0.93 ** np.arange(CHANNELS)).astype(np.float32)
     noise = rng.normal(size=(SAMPLES, CHANNELS, GRID, GRID)).astype(np.float32)
@@ -53,18 +53,16 @@ def make_cache(path: Path, shards: int) -> Cache:
         class_names=None,
         provenance={},
     )
+    seconds: list[float] = []
     for shard in range(shards):
         numbers = cache.shard_samples(shard)
         samples = [Sample(key=keys[number], source=f"{number:064x}", width=500, height=375) for number in numbers]
         jpegs = [rng.bytes(29_000) for _ in numbers]
         started = time.perf_counter()
         write_shard(cache, shard, embeddings, samples, jpegs)
-        commit_seconds.append(time.perf_counter() - started)
+        seconds.append(time.perf_counter() - started)
     seal_cache(cache)
-    return cache
-
-
-commit_seconds: list[float] = []
+    return cache, seconds
 
 
 def files_of(cache: Cache) -> list[str]:
@@ -127,7 +125,7 @@ def main() -> None:
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=given.folder))
     try:
-        cache = make_cache(folder / "cache.zarr", given.shards)
+        cache, commit_seconds = make_cache(folder / "cache.zarr", given.shards)
         size = sum(os.path.getsize(file) for file in files_of(cache))
         print(
             f"{os.cpu_count()} cores, {platform.machine()}; {given.shards} shards of {SAMPLES} samples, {size / 1e6:.0f} MB\n"

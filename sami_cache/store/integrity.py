@@ -21,7 +21,7 @@ from sami_cache.store.commits import OK, FileEntry, Record, root_fields, samples
 from sami_cache.store.files import digest, hash_file, read_file, reading
 from sami_cache.store.head import HEAD
 from sami_cache.store.shards import MAX_SHARD_BYTES, ShardFile, crc32c
-from sami_cache.store.spare import SPARE, pack_spare, read_spare, rightful_id
+from sami_cache.store.spare import SPARE, pack_spare, rightful_id, unpack_spare
 
 LEVELS = ("quick", "default", "deep")
 _NOT_CHECKED = {
@@ -186,13 +186,14 @@ def _check_static(cache: Cache, report: Report) -> None:
         except DamageError as error:
             report.findings.append(Finding(path=HEAD, what=str(error)))
     try:
-        copies = read_spare(cache.path)
+        data = read_file(cache.path / SPARE, at_most=MAX_SHARD_BYTES)
+        copies = unpack_spare(data, cache.path / SPARE)
         for name, entry in cache.files.items():
             if not entry.describes(copies.get(name, b"")):
                 raise DamageError(f"{SPARE}: its copy of {name} is not the one the cache was made with")
-        if read_file(cache.path / SPARE, at_most=MAX_SHARD_BYTES) != pack_spare(copies | {HEAD: whole[HEAD]}):
+        if data != pack_spare(copies | {HEAD: whole[HEAD]}):
             raise DamageError(f"{SPARE}: is not what was written, beside the copies; or its copy of {HEAD} is another one")
-        report.bytes_read += (cache.path / SPARE).stat().st_size
+        report.bytes_read += len(data)
     except DamageError as error:
         report.findings.append(Finding(path=SPARE, what=_short(error, cache).removeprefix(f"{SPARE}: ")))
 

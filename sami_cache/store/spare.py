@@ -34,9 +34,13 @@ def pack_spare(files: dict[str, bytes]) -> bytes:
 
 
 def read_spare(cache: Path) -> dict[str, bytes]:
-    """The copies as far as they can be found; whether each is whole is for the caller to check. Raises DamageError."""
+    """The copies of the cache at `cache`, as `unpack_spare` finds them. Raises DamageError."""
     path = cache / SPARE
-    data = read_file(path, at_most=MAX_SHARD_BYTES)
+    return unpack_spare(read_file(path, at_most=MAX_SHARD_BYTES), path)
+
+
+def unpack_spare(data: bytes, path: Path) -> dict[str, bytes]:
+    """The copies as far as they can be found; whether each is whole is for the caller to check. Raises DamageError."""
     files: dict[str, bytes] = {}
     try:
         with tarfile.open(fileobj=BytesIO(data), mode="r:") as tar:

@@ -195,8 +195,9 @@ def _publish_codes(
             found, _ = read(data)
         except DamageError:
             return False
-        ours, _ = cache.codec.distortion(embeddings[good], codes[good])
-        theirs, _ = cache.codec.distortion(embeddings[good], found[good])
+        usable = _only(embeddings, good)
+        ours, _ = cache.codec.distortion(usable, _only(codes, good))
+        theirs, _ = cache.codec.distortion(usable, _only(found, good))
         # Another device or batch size moves a few codes by one; another image or teacher does not come near.
         return bool(np.all(theirs <= 2 * ours + 1e-3)) and not found[~good].any()
 
