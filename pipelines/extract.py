@@ -1,26 +1,21 @@
 """Extraction: the teacher runs once over an image set, shard by shard, and what it says is committed to the cache."""
 
-import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pipelines.embedding import Embedded
 from pipelines.jobs import ExtractConfig, Job, Progress, how_to_go_on, prepare_job
 from pipelines.plan import RESERVE_BYTES, check_space, free_space, measure
 from pipelines.sources import check_images, committed_sources
-from sami_cache import __version__
 from sami_cache.errors import DiskFullError
 from sami_cache.processes import Interrupted, StopSignal
-from sami_cache.store.cache import Cache, choose_layout
-from sami_cache.store.codecs import Codec
+from sami_cache.store.cache import Cache
 from sami_cache.store.commits import OK
 from sami_cache.store.creation import create_cache
 from sami_cache.store.writing import Commit, seal_cache, write_shard
@@ -62,7 +57,7 @@ def extract(config: ExtractConfig, on_progress: Callable[[Progress], None] = lam
         if job.cache is None:
             outlook = measure(job, on_progress)
             check_space(outlook, config.cache)
-            job.cache = _create(job, outlook.codec)
+            job.cache = create_cache(config.cache, **job.head(outlook.codec))
         cache = job.cache
         committed = set(cache.committed())
         missing = [shard for shard in range(cache.shards) if shard not in committed]
@@ -91,31 +86,6 @@ def _check_committed(job: Job, cache: Cache, on_progress: Callable[[Progress], N
         committed_sources(cache),
         workers=job.embedder.workers,
         on_progress=lambda parts: on_progress(Progress(stage="check", done=int(done[parts]), total=int(done[-1]))),
-    )
-
-
-def _create(job: Job, codec: Codec) -> Cache:
-    embedder = job.embedder
-    return create_cache(
-        job.config.cache,
-        identity=job.identity,
-        codec=codec,
-        layout=choose_layout(codec, embedder.grid, len(embedder), job.config.shard_samples),
-        keys=job.source.keys,
-        labels=job.source.labels,
-        class_names=job.source.class_names,
-        provenance={
-            "data": str(job.config.data.resolve()),
-            "weights": job.config.weights,
-            "weights_from": embedder.teacher.info.weights,
-            "seed": embedder.mode.seed,
-            "batch_size": embedder.batch_size,
-            "device": torch.cuda.get_device_name(embedder.device) if embedder.device.type == "cuda" else "cpu",
-            "machine": platform.machine(),
-            "python": platform.python_version(),
-            "versions": {name: version(name) for name in ("torch", "timm", "numpy", "pillow", "zstandard", "pyarrow")},
-            "sami_cache": __version__,
-        },
     )
 
 

@@ -1,21 +1,24 @@
 """Settings of an extraction, resolved against the cache that is there, and the teacher and images they name."""
 
 import os
+import platform
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipelines.embedding import PRECISIONS, Embedder, ViewMode
+from sami_cache import __version__
 from sami_cache.data.sources import Source, open_source
 from sami_cache.errors import DamageError, IdentityError, SamiCacheError
 from sami_cache.models.teachers import load_teacher
 from sami_cache.models.weights import check_file_digest
 from sami_cache.processes import GRACE, keep_freed_memory
-from sami_cache.store.cache import Cache, listing_digest
-from sami_cache.store.codecs import CODECS
+from sami_cache.store.cache import Cache, choose_layout, listing_digest
+from sami_cache.store.codecs import CODECS, Codec
 from sami_cache.store.files import as_damage
 from sami_cache.store.head import HEAD, is_cache
 
@@ -92,6 +95,30 @@ class Job:
     @property
     def identity(self) -> dict[str, Any]:
         return {**self.embedder.identity(), "codec": self.codec_settings}
+
+    def head(self, codec: Codec) -> dict[str, Any]:
+        """What a cache of this extraction is created with (`creation.static_files`)."""
+        embedder = self.embedder
+        return {
+            "identity": self.identity,
+            "codec": codec,
+            "layout": choose_layout(codec, embedder.grid, len(embedder), self.config.shard_samples),
+            "keys": self.source.keys,
+            "labels": self.source.labels,
+            "class_names": self.source.class_names,
+            "provenance": {
+                "data": str(self.config.data.resolve()),
+                "weights": self.config.weights,
+                "weights_from": embedder.teacher.info.weights,
+                "seed": embedder.mode.seed,
+                "batch_size": embedder.batch_size,
+                "device": torch.cuda.get_device_name(embedder.device) if embedder.device.type == "cuda" else "cpu",
+                "machine": platform.machine(),
+                "python": platform.python_version(),
+                "versions": {name: version(name) for name in ("torch", "timm", "numpy", "pillow", "zstandard", "pyarrow")},
+                "sami_cache": __version__,
+            },
+        }
 
 
 def prepare_job(config: ExtractConfig) -> Job:

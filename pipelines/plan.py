@@ -3,28 +3,32 @@
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pipelines.embedding import Embedded
 from pipelines.jobs import ExtractConfig, Job, Progress, prepare_job
-from sami_cache.errors import DiskFullError, SamiCacheError
-from sami_cache.store.cache import choose_layout
+from sami_cache.data.images import decode_image, encode_jpeg
+from sami_cache.errors import DiskFullError, ImageError, SamiCacheError
 from sami_cache.store.codecs import Codec
-from sami_cache.store.commits import OK
+from sami_cache.store.commits import OK, TABLE_SCHEMA, FileEntry, Record, Sample, record_bytes, samples_table
+from sami_cache.store.creation import static_files
 from sami_cache.store.files import digest
 from sami_cache.store.fitting import fit_codec
-from sami_cache.store.images import pack_images
-from sami_cache.store.shards import pack_shard
-from sami_cache.store.writing import check_embeddings
+from sami_cache.store.images import locate_images, pack_images
+from sami_cache.store.shards import ShardLayout, pack_shard
+from sami_cache.store.writing import check_embeddings, complete_samples, pack_manifest
 
 MAX_FIT_BYTES = 512 << 20
 RESERVE_BYTES = 64 << 20
-# Of a commit record and the manifest, per sample: measured 390 to 450 with keys of 20 to 50 characters.
-RECORD_BYTES = 420
+PLANNED_IMAGES = 1024
+SEAL_BYTES = 9_000
+"""Of an empty manifest and ROOT.json."""
 
 
 @dataclass(kw_only=True)
@@ -35,12 +39,14 @@ class Plan:
     samples: int
     remaining: int
     """Samples not committed yet."""
-    usable: float
-    """Share of the images that can be decoded."""
     code_bytes: float
-    """Per usable sample, compressed."""
+    """A sample, compressed, failed ones counted in."""
     image_bytes: float
-    """Per usable sample: its share of the re-encoded JPEG."""
+    """A sample: its share of the re-encoded JPEG."""
+    record_bytes: float
+    """A sample: of its commit record and of the manifest."""
+    there: float
+    """Bytes that are on disk already, or that creation writes."""
     seconds_per_sample: float
     free_bytes: int
     codec: Codec
@@ -49,11 +55,12 @@ class Plan:
     @property
     def bytes_per_sample(self) -> float:
         """Codes, images and records together."""
-        return (self.code_bytes + self.image_bytes) * self.usable + RECORD_BYTES
+        return self.code_bytes + self.image_bytes + self.record_bytes
 
     @property
     def total_bytes(self) -> float:
-        return self.samples * self.bytes_per_sample
+        """Of the finished cache."""
+        return self.there + self.remaining_bytes
 
     @property
     def remaining_bytes(self) -> float:
@@ -66,11 +73,14 @@ class Plan:
 
 def plan(config: ExtractConfig, on_progress: Callable[[Progress], None] = lambda _: None) -> Plan:
     """Measure a sample of the images and say what the whole extraction takes. Writes nothing."""
-    return measure(prepare_job(config), on_progress)
+    return measure(prepare_job(config), on_progress, images=PLANNED_IMAGES)
 
 
-def measure(job: Job, on_progress: Callable[[Progress], None] = lambda _: None) -> Plan:
-    """Fit the codec (or take the cache's) on a random sample of the images and measure what a sample takes."""
+def measure(job: Job, on_progress: Callable[[Progress], None] = lambda _: None, *, images: int = 0) -> Plan:
+    """Fit the codec (or take the cache's) on a random sample of the images and measure what a sample takes.
+
+    `images`: re-encode so many, if there are, to tell what their JPEGs take, which differs more between images than codes do.
+    """
     embedder, settings = job.embedder, job.codec_settings
     parts, seconds = _embed_sample(job, on_progress)
     samples = [sample for part in parts for sample in part.samples]
@@ -82,31 +92,80 @@ def measure(job: Job, on_progress: Callable[[Progress], None] = lambda _: None) 
             f"{samples[0].status}."
         )
     check_embeddings(embeddings, samples, good)
-    embeddings = embeddings[good]
-    codec = job.cache.codec if job.cache else fit_codec(settings["name"], embeddings, error=settings["error"] or 0.01)
-    layout = choose_layout(codec, embedder.grid, len(embedder), job.config.shard_samples)
-    whole = len(embeddings) // layout.chunk_samples * layout.chunk_samples or len(embeddings)
-    packed = [
-        pack_shard(codec.encode(embeddings[start : min(start + layout.shard_samples, whole)]), layout)[0]
-        for start in range(0, whole, layout.shard_samples)
-    ]
-    jpegs: dict[str, tuple[str, bytes]] = {}
-    for part in parts:
-        jpegs |= {sample.key: ("0" * 64, jpeg) for sample, jpeg in zip(part.samples, part.jpegs, strict=True) if jpeg}
-    committed = job.cache.committed() if job.cache else []
-    done = sum(len(job.cache.shard_samples(shard)) for shard in committed) if job.cache else 0
+    codec = job.cache.codec if job.cache else fit_codec(settings["name"], embeddings[good], error=settings["error"] or 0.01)
+    head = job.head(codec)
+    there = job.cache.size_on_disk() if job.cache else SEAL_BYTES + sum(map(len, static_files(**head).values()))
+    done = sum(len(job.cache.shard_samples(shard)) for shard in job.cache.committed()) if job.cache else 0
+    jpegs = [jpeg for part in parts for jpeg in part.jpegs]
+    code_bytes, image_bytes, bytes_of_records = _rehearse(codec, head["layout"], embeddings, samples, jpegs)
+    more = _more_jpegs(job, range(len(samples), images)) if embedder.images else []
+    image_bytes += float(np.mean([*map(_size, jpegs), *more]) - np.mean([*map(_size, jpegs)]))
     return Plan(
         images=len(job.source),
         samples=len(embedder),
         remaining=len(embedder) - done,
-        usable=float(good.mean()),
-        code_bytes=sum(map(len, packed)) / whole,
-        image_bytes=len(pack_images(jpegs)) / len(jpegs) / max(1, embedder.mode.views) if jpegs else 0.0,
+        code_bytes=code_bytes,
+        image_bytes=image_bytes / max(1, embedder.mode.views),
+        record_bytes=bytes_of_records,
+        there=there,
         seconds_per_sample=seconds,
         free_bytes=free_space(job.config.cache),
         codec=codec,
         identity=job.identity,
     )
+
+
+def _size(jpeg: bytes | None) -> int:
+    return len(jpeg or b"")
+
+
+def _more_jpegs(job: Job, places: range) -> list[int]:
+    """Sizes of the re-encoded JPEGs of the images at these places of the random order, 0 for what cannot be decoded."""
+    embedder = job.embedder
+
+    def encode(image: int) -> int:
+        try:
+            return len(encode_jpeg(decode_image(job.source.read(image)), **embedder.images or {}))
+        except ImageError:
+            return 0
+
+    with ThreadPoolExecutor(embedder.workers, thread_name_prefix="decode") as pool:
+        return list(pool.map(encode, _random_order(job)[places.start : places.stop]))
+
+
+def _random_order(job: Job) -> list[int]:
+    """The images by their keys' digests: a random order that is the same on every machine and in every run."""
+    return sorted(range(len(job.source)), key=lambda index: digest(job.source.keys[index].encode()))
+
+
+def _rehearse(
+    codec: Codec, layout: ShardLayout, embeddings: np.ndarray, samples: list[Sample], jpegs: list[bytes | None]
+) -> tuple[float, float, float]:
+    """Bytes a sample of codes, images and records (manifest included), by making the files that these samples would get."""
+    count = len(samples) // layout.chunk_samples * layout.chunk_samples or len(samples)  # a chunk in part is one filled up
+    sizes, tables = np.zeros(3), [TABLE_SCHEMA.empty_table()]
+    for shard, start in enumerate(range(0, count, layout.shard_samples)):
+        part = slice(start, min(start + layout.shard_samples, count))
+        good = np.array([sample.status == OK for sample in samples[part]])
+        codes = np.zeros((len(good), *layout.sample_shape), layout.stored_dtype)
+        codes[good] = codec.encode(embeddings[part][good])
+        packed, checksums = pack_shard(codes, layout)
+        images = {sample.key: ("0" * 64, jpeg) for sample, jpeg in zip(samples[part], jpegs[part], strict=True) if jpeg}
+        image_file = pack_images(images) if images else b""
+        places = {key: place for key, (_, place) in locate_images(image_file).items()} if images else {}
+        record = Record(
+            cache_id="0" * 64,
+            shard=shard,
+            files={"codes/0.0.0.0": FileEntry.of(packed), "images/000000.arrow": FileEntry.of(image_file)},
+            content="0" * 64,
+            chunk_crc32c=checksums,
+            samples=complete_samples(codec, embeddings[part], codes, samples[part], good, places),
+        )
+        sizes += len(packed), len(image_file), len(record_bytes(record))
+        tables.append(samples_table(record))
+    sizes[2] += len(pack_manifest(pa.concat_tables(tables))) - len(pack_manifest(tables[0]))
+    code_bytes, image_bytes, bytes_of_records = (sizes / count).tolist()
+    return code_bytes, image_bytes, bytes_of_records
 
 
 def _embed_sample(job: Job, on_progress: Callable[[Progress], None]) -> tuple[list[Embedded], float]:
@@ -115,9 +174,7 @@ def _embed_sample(job: Job, on_progress: Callable[[Progress], None]) -> tuple[li
     views, batch = max(1, embedder.mode.views), embedder.batch_size
     affordable = MAX_FIT_BYTES // (4 * embedder.teacher.info.channels * embedder.grid**2)
     wanted = max(8, min(job.codec_settings["fit_images"], affordable))
-    # By the keys' digests: a random sample that is the same on every machine and in every run.
-    order = sorted(range(len(job.source)), key=lambda index: digest(job.source.keys[index].encode()))[:wanted]
-    numbers = [index * views + position % views for position, index in enumerate(order)]
+    numbers = [index * views + position % views for position, index in enumerate(_random_order(job)[:wanted])]
     parts: list[Embedded] = []
     seconds: list[float] = []
     done, failures, last = 0, 0, time.perf_counter()

@@ -92,7 +92,7 @@ def overtake(monkeypatch: pytest.MonkeyPatch, moment: str, act) -> None:
     monkeypatch.setattr(writing, moment, step)
 
 
-@pytest.mark.parametrize("moment", ["_publish_codes", "_publish_images", "_complete_samples", "record_bytes"])
+@pytest.mark.parametrize("moment", ["_publish_codes", "_publish_images", "complete_samples", "record_bytes"])
 @pytest.mark.parametrize("theirs", ["same", "failed sample", "other embeddings"])
 def test_a_writer_overtaken_at_any_step_leaves_the_others_commit_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, theirs: str

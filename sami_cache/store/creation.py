@@ -24,8 +24,19 @@ from sami_cache.store.shards import ShardLayout, crc32c
 from sami_cache.store.spare import SPARE, pack_spare
 
 
-def create_cache(
-    path: Path,
+def create_cache(path: Path, **head: Any) -> Cache:
+    """Create a cache, complete or not at all, and open it. If another process was first, theirs is opened.
+
+    `head`: what `static_files` takes. Raises IdentityError if a cache of another identity is there, SamiCacheError if
+    something else is.
+    """
+    _publish_directory(path, static_files(**head))
+    cache = Cache(path)
+    cache.check_identity(head["identity"])
+    return cache
+
+
+def static_files(
     *,
     identity: dict[str, Any],
     codec: Codec,
@@ -34,15 +45,13 @@ def create_cache(
     labels: Sequence[int | None],
     class_names: Sequence[str] | None,
     provenance: dict[str, Any],
-) -> Cache:
-    """Create a cache, complete or not at all, and open it. If another process was first, theirs is opened.
+) -> dict[str, bytes]:
+    """The files that are written when a cache is created, and never again: {path in the cache: bytes}.
 
     Args:
         identity: what must be equal for two caches to be the same kind; holds `grid`, `view` and `images` among others.
         keys, labels: of the images; a replay cache has identity["view"]["views"] samples an image.
         provenance: recorded, not compared: versions, hardware, where the images lay.
-
-    Raises IdentityError if a cache of another identity is there, SamiCacheError if something else is.
     """
     samples = len(keys) * identity["view"].get("views", 1)
     files = metadata_files(layout, samples, codec.parameters())
@@ -71,11 +80,7 @@ def create_cache(
         "provenance": provenance,
     }
     files[HEAD] = canonical_json(group_metadata(seal(attributes)))
-    files[SPARE] = pack_spare(files)
-    _publish_directory(path, files)
-    cache = Cache(path)
-    cache.check_identity(identity)
-    return cache
+    return {**files, SPARE: pack_spare(files)}
 
 
 def _publish_directory(path: Path, files: dict[str, bytes]) -> None:

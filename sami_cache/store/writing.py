@@ -19,6 +19,7 @@ import xxhash
 
 from sami_cache.errors import DamageError, SamiCacheError
 from sami_cache.store.cache import Cache
+from sami_cache.store.codecs import Codec
 from sami_cache.store.commits import OK, FileEntry, Record, Sample, record_bytes, root_fields, samples_table
 from sami_cache.store.files import (
     canonical_json,
@@ -99,7 +100,7 @@ def write_shard(
             files=files,
             content=content,
             chunk_crc32c=checksums,
-            samples=_complete_samples(cache, embeddings, codes, samples, good, jpegs),
+            samples=complete_samples(cache.codec, embeddings, codes, samples, good, jpegs),
         )
         won = publish(cache.record_path(shard), record_bytes(record), cache.path / "tmp")
     committed = cache.record(shard)
@@ -242,16 +243,17 @@ def _only(values: np.ndarray, good: np.ndarray) -> np.ndarray:
     return values if good.all() else values[good]
 
 
-def _complete_samples(
-    cache: Cache,
+def complete_samples(
+    codec: Codec,
     embeddings: np.ndarray,
     codes: np.ndarray,
     samples: Sequence[Sample],
     good: np.ndarray,
     jpegs: dict[str, list[int]],
 ) -> list[Sample]:
-    error, energy = cache.codec.distortion(_only(embeddings, good), _only(codes, good))
-    clipped = cache.codec.clipped(codes)
+    """The samples with what their codes lost, their checksums and the places of their images, as a record holds them."""
+    error, energy = codec.distortion(_only(embeddings, good), _only(codes, good))
+    clipped = codec.clipped(codes)
     rows, measured = [], iter(zip(error, energy, strict=True))
     for index, sample in enumerate(samples):
         values: dict[str, Any] = vars(sample) | {"jpeg": jpegs.get(sample.key)}
@@ -287,9 +289,7 @@ def seal_cache(cache: Cache) -> dict[str, Any]:
         records.append((record.digest, record.content))
         failed += sum(sample.status != OK for sample in record.samples)
     table = pa.concat_tables(tables)
-    sink = BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    manifest = sink.getvalue()
+    manifest = pack_manifest(table)
     entry = FileEntry.of(manifest)
     root = root_fields(cache.cache_id, records, cache.samples, failed, entry)
     with suppress(DamageError):
@@ -302,3 +302,10 @@ def seal_cache(cache: Cache) -> dict[str, Any]:
         make_hold(cache.path / "manifest.parquet", manifest, cache.path)
         make_hold(cache.path / "ROOT.json", canonical_json(seal(root)), cache.path)
     return root
+
+
+def pack_manifest(table: pa.Table) -> bytes:
+    """manifest.parquet of the rows of `table`."""
+    sink = BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
