@@ -1,0 +1,321 @@
+"""What was tried for the codec `pca`: transforms, orders, quantisers, zstd's settings, each judged at the same error.
+
+    OMP_NUM_THREADS=1 python benchmarks/codec_variants.py --data DIR
+
+All of it stays what stock Zarr v3 with zstd reads and linear numpy decodes. A variant differs from the recipe in one thing, and
+its step is chosen so that the held-out images lose exactly 1 %: channels rotated by PCA, a DCT of 8 x 8 blocks, one step,
+rounding up from 0.55, coefficients with a variance above step^2 / 6 in the order of falling variance, [samples, kept, blocks],
+zstd level 1 with a window of 16 KB.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import zstandard
+from rate_distortion import (
+    Features,
+    Setting,
+    class_entropy,
+    dct_matrix,
+    entropy,
+    load_features,
+    markdown,
+    principal,
+    water_filling,
+)
+
+ERROR = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A recipe; the defaults are ours."""
+
+    transform: str = "dct 8"
+    order: str = "variance"
+    drop: float = 1 / 6
+    """Coefficients whose variance lies below this share of step^2 are not stored."""
+    round_up: float = 0.55
+    widen: float = 0.0
+    """Added to `round_up`: this x step / standard deviation, 0.75 at most: rare coefficients get a wider dead zone."""
+    gain: bool = False
+    """Decode with a step of its own for each coefficient, the least-squares one, instead of one step."""
+    samples: int = 8
+    """In a chunk."""
+    together: bool = False
+    """A coefficient of all samples of the chunk side by side."""
+    zstd: dict[str, int] = field(default_factory=lambda: {"level": 1, "window_log": 14, "min_match": 7, "hash_log": 6})
+
+
+@dataclass(kw_only=True)
+class Coefficients:
+    """Of both halves, float32 [samples, coefficients, blocks], by falling variance on the fitted half."""
+
+    fit: np.ndarray
+    held_out: np.ndarray
+    power: np.ndarray
+    """Variance on the fitted half, float64 [coefficients]."""
+    channel: np.ndarray
+    frequency: np.ndarray
+    """Of each coefficient: the rank of its channel; the sum of its two frequencies, 0 without a transform in space."""
+
+
+def haar(size: int) -> np.ndarray:
+    """The orthonormal Haar wavelet, float64 [coefficient, position]."""
+    if size == 1:
+        return np.ones((1, 1))
+    return np.concatenate([np.kron(haar(size // 2), [1, 1]), np.kron(np.eye(size // 2), [1, -1])]) / np.sqrt(2)
+
+
+def blocks_of(maps: np.ndarray, block: int) -> np.ndarray:
+    """[n, C, g, g] -> [n, C, block * block, blocks]."""
+    n, channels, grid, _ = maps.shape
+    cut = maps.reshape(n, channels, grid // block, block, grid // block, block)
+    return cut.transpose(0, 1, 3, 5, 2, 4).reshape(n, channels, block * block, -1)
+
+
+def rotate(basis: np.ndarray, maps: np.ndarray) -> np.ndarray:
+    return (basis @ maps.reshape(*maps.shape[:2], -1)).reshape(len(maps), len(basis), *maps.shape[2:])
+
+
+def transform(name: str, features: Features) -> Coefficients:
+    """`none`, `dct B`, `haar B`, `klt B` (one learned transform of a block for all channels), `klt per channel B`, `dct B, no
+    PCA`, `dct B, PCA per frequency`, `dct B, dct of neighbours` (the four lowest frequencies again, over the blocks)."""
+    kind, _, rest = name.partition(" ")
+    block = int("".join(filter(str.isdigit, name)) or 1)
+    _, basis = principal(features.fit, features.mean)
+    if name.endswith(("no PCA", "PCA per frequency")):
+        basis = np.eye(len(basis), dtype=np.float32)
+    halves = [blocks_of(rotate(basis, half - features.mean), block) for half in (features.fit, features.held_out)]
+    if kind == "klt":
+        # [n, C, p, blocks]: the covariance of the positions of a block, of all channels or of each one.
+        axes = "ncpb,ncqb->cpq" if "per channel" in rest else "ncpb,ncqb->pq"
+        matrix = np.linalg.eigh(np.einsum(axes, halves[0], halves[0], optimize=True))[1]
+        matrix = np.swapaxes(matrix, -1, -2)[..., ::-1, :].astype(np.float32)
+    elif kind == "none":
+        matrix = np.ones((1, 1), np.float32)
+    else:
+        line = (haar if kind == "haar" else dct_matrix)(block)
+        matrix = np.kron(line, line).astype(np.float32)
+    halves = [matrix @ half for half in halves]  # [n, C, frequency, blocks]
+    if name.endswith("PCA per frequency"):
+        covariance = np.einsum("ncfb,ndfb->fcd", halves[0], halves[0], optimize=True)
+        bases = np.linalg.eigh(covariance)[1].transpose(0, 2, 1)[:, ::-1]
+        halves = [np.einsum("fdc,ncfb->ndfb", bases, half, optimize=True) for half in halves]
+    frequency = np.add.outer(np.arange(block), np.arange(block)).ravel()
+    channel = np.repeat(np.arange(halves[0].shape[1]), block * block)
+    frequency = np.tile(frequency, halves[0].shape[1])
+    if name.endswith("dct of neighbours"):
+        again = dct_matrix(int(np.sqrt(halves[0].shape[3])))
+        low = [0, 1, block, block + 1]
+        for half in halves:
+            half[:, :, low] = half[:, :, low] @ np.kron(again, again).T.astype(np.float32)
+    fit, held_out = (half.reshape(len(half), -1, half.shape[3]) for half in halves)
+    power = np.square(fit, dtype=np.float32).mean((0, 2), dtype=np.float64)
+    order = np.argsort(-power, kind="stable")
+    return Coefficients(
+        fit=fit[: min(len(fit), 64), order],
+        held_out=held_out[:, order],
+        power=power[order],
+        channel=channel[order],
+        frequency=frequency[order],
+    )
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    bits: float
+    entropy: float
+    """With a frozen histogram for each of 64 groups of coefficients."""
+    block_entropy: float
+    """With a histogram for each 16 KB of codes that costs nothing: zstd's Huffman coder pays for its tables on top."""
+    kept: int
+    step: float
+    decode: float
+    """GB/s of codes."""
+
+
+def quantise(values: np.ndarray, power: np.ndarray, step: float, variant: Variant) -> np.ndarray:
+    ratio = step / np.sqrt(np.maximum(power, 1e-30))
+    round_up = np.minimum(variant.round_up + variant.widen * ratio, max(0.75, variant.round_up)).astype(np.float32)
+    codes = np.floor(np.abs(values) * np.float32(1 / step) + (1 - round_up)[:, None])
+    return np.clip(np.copysign(codes, values, out=codes), -127, 127, out=codes)
+
+
+def gains(values: np.ndarray, codes: np.ndarray, step: float) -> np.ndarray:
+    """The least-squares step of each coefficient."""
+    squares = np.square(codes).sum((0, 2))
+    return np.where(squares > 0, (values * codes).sum((0, 2)) / np.maximum(squares, 1), step).astype(np.float32)
+
+
+def judge(variant: Variant, coefficients: Coefficients) -> Outcome:
+    """Bits at exactly ERROR on the held-out half, by the secant method on log(error) against log(step)."""
+    power, total = coefficients.power, float(np.square(coefficients.held_out, dtype=np.float64).sum())
+
+    def at(step: float) -> tuple[float, np.ndarray, np.ndarray]:
+        kept = np.flatnonzero(power > variant.drop * step * step)
+        values = coefficients.held_out[:, kept]
+        codes = quantise(values, power[kept], step, variant)
+        steps: np.ndarray | np.float32 = np.float32(step)
+        if variant.gain:
+            fit = coefficients.fit[:, kept]
+            steps = gains(fit, quantise(fit, power[kept], step, variant), step)[:, None]
+        saved = np.square(values, dtype=np.float64).sum() - np.square(values - codes * steps, dtype=np.float64).sum()
+        return float(1 - saved / total), codes, kept
+
+    step = float(np.sqrt(12 * ERROR * power.mean()))
+    error, codes, kept = at(step)
+    slope = 1.4
+    for _ in range(8):
+        if abs(error / ERROR - 1) < 2e-4:
+            break
+        before = np.log(step), np.log(error)
+        step *= (ERROR / error) ** (1 / slope)
+        error, codes, kept = at(step)
+        slope = float(np.clip((np.log(error) - before[1]) / (np.log(step) - before[0]), 0.5, 2.5))
+    values = coefficients.held_out.size
+    order = arrange(variant.order, coefficients, kept)
+    codes = codes[:, order].astype(np.int8)
+    chunks = [codes[start : start + variant.samples] for start in range(0, len(codes), variant.samples)]
+    raw = [np.ascontiguousarray(chunk.swapaxes(0, 1) if variant.together else chunk).tobytes() for chunk in chunks]
+    settings = dict(variant.zstd)
+    level = settings.pop("level")
+    parameters = zstandard.ZstdCompressionParameters.from_level(level, **settings, write_checksum=True)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters)
+    packed = [compressor.compress(chunk) for chunk in raw]
+    decompressor = zstandard.ZstdDecompressor()
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        for chunk in packed:
+            decompressor.decompress(chunk)
+        seconds.append(time.perf_counter() - started)
+    in_blocks = sum(
+        entropy(np.frombuffer(chunk[start : start + 16384], np.int8)) * len(chunk[start : start + 16384])
+        for chunk in raw
+        for start in range(0, len(chunk), 16384)
+    )
+    return Outcome(
+        bits=8 * sum(map(len, packed)) / values,
+        entropy=class_entropy(codes) * codes.size / values,
+        block_entropy=in_blocks / values,
+        kept=len(kept),
+        step=step,
+        decode=sum(map(len, raw)) / min(seconds) / 1e9,
+    )
+
+
+def arrange(order: str, coefficients: Coefficients, kept: np.ndarray) -> np.ndarray:
+    channel, frequency = coefficients.channel[kept], coefficients.frequency[kept]
+    magnitude = np.abs(coefficients.fit[:, kept]).mean((0, 2))
+    zeros = (np.abs(coefficients.fit[:, kept]) < 0.5 * np.sqrt(coefficients.power[kept])[:, None]).mean((0, 2))
+    keys = {
+        "variance": (np.arange(len(kept)),),
+        "magnitude": (-magnitude,),
+        "peakedness": (zeros, np.arange(len(kept)) // 512),
+        "frequency, channel": (channel, frequency),
+        "channel, frequency": (frequency, channel),
+    }
+    return np.lexsort(keys[order])
+
+
+OURS = Variant()
+SMALL = {"level": 1, "window_log": 14, "min_match": 7, "hash_log": 6}
+
+
+def trials() -> dict[str, list[tuple[str, Variant]]]:
+    """Groups of variants, each with its name."""
+
+    def zstd(**changes: int) -> Variant:
+        return replace(OURS, zstd={**SMALL, **changes})
+
+    spatial = [
+        *("none", "dct 2", "dct 4", "dct 16", "dct 32", "haar 8", "klt 8", "klt per channel 8"),
+        *("klt 4", "dct 8, no PCA", "dct 8, PCA per frequency", "dct 8, dct of neighbours"),
+    ]
+    return {
+        "transform": [(name, replace(OURS, transform=name)) for name in spatial],
+        "order": [
+            *((f"by {name}", replace(OURS, order=name)) for name in ("magnitude", "peakedness")),
+            *((f"by {name}", replace(OURS, order=name)) for name in ("frequency, channel", "channel, frequency")),
+            ("samples of a chunk side by side", replace(OURS, together=True)),
+            ("samples of a chunk side by side, 32", replace(OURS, together=True, samples=32)),
+        ],
+        "quantiser": [
+            *((f"rounding up from {value}", replace(OURS, round_up=value)) for value in (0.5, 0.6, 0.65)),
+            *(
+                (f"rounding up from 0.5 + {value} step / deviation", replace(OURS, round_up=0.5, widen=value))
+                for value in (0.05, 0.1)
+            ),
+            *((f"kept above {value:.3g} step^2", replace(OURS, drop=value)) for value in (1 / 12, 0.25, 0.35, 0.5)),
+            ("a least-squares step for each coefficient", replace(OURS, gain=True)),
+            ("the same, rounding up from 0.6", replace(OURS, gain=True, round_up=0.6)),
+            ("the same, rounding up from 0.65", replace(OURS, gain=True, round_up=0.65)),
+        ],
+        "zstd": [
+            ("level 1, untouched", replace(OURS, zstd={"level": 1})),
+            ("level 3, untouched", replace(OURS, zstd={"level": 3})),
+            ("level 9, untouched", replace(OURS, zstd={"level": 9})),
+            ("level 19, untouched", replace(OURS, zstd={"level": 19})),
+            *((f"window of {2**log // 1024} KB", zstd(window_log=log)) for log in (12, 13, 15, 16, 17)),
+            *((f"matches from {length} bytes", zstd(min_match=length)) for length in (4, 5, 6)),
+            ("hash of 2^12", zstd(hash_log=12)),
+            ("level 9, 16 KB window", zstd(level=9)),
+        ],
+        "chunk": [(f"{count} samples", replace(OURS, samples=count)) for count in (1, 4, 16, 32)],
+    }
+
+
+def main(arguments: list[str] | None = None, report: Callable[[str], None] = print) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="a folder of photographs; default: the ones that packages ship")
+    parser.add_argument("--teacher", default="efficientnet_lite0")
+    parser.add_argument("--weights")
+    parser.add_argument("--layer")
+    parser.add_argument("--grid", type=int, default=32)
+    parser.add_argument("--image-size", type=int)
+    parser.add_argument("--limit", type=int, default=192, help="images, half of them to fit on (default %(default)s)")
+    parser.add_argument("--features", type=Path, help="a folder that keeps the embeddings for the next run")
+    parser.add_argument("--only", nargs="*", help="groups of variants")
+    given = parser.parse_args(arguments)
+    setting = Setting(layer=given.layer, image_size=given.image_size, grid=given.grid)
+    features = load_features(given.data, given.teacher, given.weights, setting, limit=given.limit, folder=given.features)
+    made: dict[str, Coefficients] = {}
+    rows: list[list[str]] = []
+    base = 0.0
+    for group, variants in {"recipe": [("ours", OURS)], **trials()}.items():
+        if given.only and group not in (*given.only, "recipe"):
+            continue
+        for name, variant in variants:
+            if variant.transform not in made:
+                made = {key: value for key, value in made.items() if key == OURS.transform}  # room for one more
+                made[variant.transform] = transform(variant.transform, features)
+            coefficients = made[variant.transform]
+            outcome = judge(variant, coefficients)
+            base = base or outcome.bits
+            bound = water_filling(coefficients.power, ERROR * coefficients.power.mean())
+            row = [group, name, f"{outcome.bits:.3f}", f"{outcome.bits / base - 1:+.1%}", f"{outcome.entropy:.3f}"]
+            row += [f"{outcome.block_entropy:.3f}", f"{bound:.3f}", str(outcome.kept), f"{outcome.decode:.2f}"]
+            rows.append(row)
+            report(" | ".join(row))
+    head = [
+        "group",
+        "variant",
+        "bits",
+        "to ours",
+        "entropy by class",
+        "entropy by 16 KB",
+        "Gaussian bound",
+        "kept",
+        "codes GB/s",
+    ]
+    report("")
+    report(markdown(head, rows))
+
+
+if __name__ == "__main__":
+    main()
