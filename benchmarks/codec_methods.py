@@ -276,6 +276,39 @@ class RangeANS:
             part[...] = (coder.decode(model, part.size) + self._low).reshape(part.shape)
 
 
+class Pcodec:
+    """pcodec: an adaptive histogram and tANS for each of up to 64 groups of classes; each group's bytes behind their length."""
+
+    def __init__(self, codes: np.ndarray) -> None:
+        import pcodec
+
+        self._standalone = pcodec.standalone
+        if codes.dtype.kind == "f":
+            self._settings = pcodec.ChunkConfig()
+        else:
+            mode, delta = pcodec.ModeSpec.classic(), pcodec.DeltaSpec.no_op()
+            self._settings = pcodec.ChunkConfig(mode_spec=mode, delta_spec=delta, enable_8_bit=True)
+        self._groups = groups(codes.shape[1])
+
+    def pack(self, codes: np.ndarray) -> bytes:
+        parts = []
+        for group in self._groups:
+            part = np.ascontiguousarray(codes[:, group[0] : group[-1] + 1]).ravel()
+            packed = self._standalone.simple_compress(part, self._settings)
+            parts += [len(packed).to_bytes(4, "little"), packed]
+        return b"".join(parts)
+
+    def unpack(self, packed: bytes, out: np.ndarray) -> None:
+        view, offset = memoryview(packed), 0
+        for group in self._groups:
+            part = out[:, group[0] : group[-1] + 1]
+            size = int.from_bytes(view[offset : offset + 4], "little")
+            room = np.empty(part.size, out.dtype)
+            self._standalone.simple_decompress_into(bytes(view[offset + 4 : offset + 4 + size]), room)
+            part[...] = room.reshape(part.shape)
+            offset += 4 + size
+
+
 def coders(method: str, fit: np.ndarray, seen: np.ndarray) -> dict[str, Coder]:
     """The coders for a method's codes: `fit` of the fitted half, `seen` of the other."""
     found: dict[str, Coder] = {STORED: Stored()} if method == OURS else {"none": Raw()}
@@ -286,6 +319,8 @@ def coders(method: str, fit: np.ndarray, seen: np.ndarray) -> dict[str, Coder]:
     found["blosc zstd 1 bitshuffle"] = Blosc("zstd", numcodecs.Blosc.BITSHUFFLE)
     if find_spec("blosc2"):
         found["blosc2 zstd 1 bitshuffle"] = Blosc2()
+    if find_spec("pcodec"):
+        found["pcodec"] = Pcodec(fit)
     if find_spec("constriction") and few_values(fit):
         found["ANS (constriction)"] = RangeANS(fit, seen)
     return found

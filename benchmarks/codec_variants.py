@@ -235,7 +235,15 @@ def trials() -> dict[str, list[tuple[str, Variant]]]:
 
     spatial = [
         *("none", "dct 2", "dct 4", "dct 16", "dct 32", "haar 8", "klt 8", "klt per channel 8"),
-        *("klt 4", "dct 8, no PCA", "dct 8, PCA per frequency", "dct 8, dct of neighbours"),
+        *(
+            "klt 4",
+            "dct 8, no PCA",
+            "dct 4, no PCA",
+            "dct 8, PCA per frequency",
+            "dct 4, PCA per frequency",
+            "dct 2, PCA per frequency",
+            "dct 8, dct of neighbours",
+        ),
     ]
     return {
         "transform": [(name, replace(OURS, transform=name)) for name in spatial],

@@ -6,7 +6,7 @@ Half of the images is what a codec is fitted on, the other half what it is judge
 loses something), a coder turns codes into bytes (and loses nothing); both work on pieces of about 0.8 MB of codes, a
 cache's chunk. Bits are those of the bytes for each float32 of the embeddings. One thread.
 
-Peers that are not dependencies of sami-cache: pip install faiss-cpu constriction blosc2
+Peers that are not dependencies of sami-cache: pip install faiss-cpu constriction pcodec blosc2
 """
 
 import argparse
@@ -279,9 +279,9 @@ def at_one_percent(point: Point, coder: str, features: Features) -> float:
 
 def stages(given: argparse.Namespace, settings: tuple[Setting, ...]) -> str:
     """Bits at 1 % for several stages and resolutions."""
-    rows = []
+    rows, limit = [], min(given.limit, 128)
     for setting in settings:
-        features = load_features(given.data, given.teacher, given.weights, setting, limit=given.limit, folder=given.features)
+        features = load_features(given.data, given.teacher, given.weights, setting, limit=limit, folder=given.features)
         channels = features.fit.shape[1]
         point = judge(OURS, 0.01, fit_codec("pca", features.fit, error=0.01), features, (STORED,))
         only = judge("PCA only", 0.01, ChannelPCA(features, 0.01), features, ("zstd 1", "zstd 1, 16 KB window"))
@@ -318,7 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     if os.environ.get("OMP_NUM_THREADS") != "1":
         say("speeds are not per core: set OMP_NUM_THREADS=1")
-    for module in ("constriction", "blosc2"):
+    for module in ("constriction", "pcodec", "blosc2"):
         installed(module, module)
     setting = Setting(layer=given.layer, image_size=given.image_size, grid=given.grid)
     features = load_features(given.data, given.teacher, given.weights, setting, limit=given.limit, folder=given.features)
