@@ -218,6 +218,22 @@ class Stored:
         unpack_chunk(memoryview(packed)[: -self._layout(out).index_bytes], out, None, "benchmark")
 
 
+class Lzma:
+    """LZMA's adaptive range coder, contexts as for bytes that stand alone, through numcodecs."""
+
+    def __init__(self) -> None:
+        import lzma
+
+        filters = [{"id": lzma.FILTER_LZMA2, "preset": 1, "lc": 0, "lp": 0, "pb": 0, "mode": lzma.MODE_FAST}]
+        self._codec = numcodecs.LZMA(format=lzma.FORMAT_RAW, filters=filters)
+
+    def pack(self, codes: np.ndarray) -> bytes:
+        return bytes(self._codec.encode(codes))
+
+    def unpack(self, packed: bytes, out: np.ndarray) -> None:
+        self._codec.decode(packed, out=out)
+
+
 class Blosc:
     def __init__(self, name: str, shuffle: int) -> None:
         self._codec = numcodecs.Blosc(cname=name, clevel=1 if name == "zstd" else 5, shuffle=shuffle)
@@ -277,9 +293,9 @@ class RangeANS:
 
 
 class Pcodec:
-    """pcodec: an adaptive histogram and tANS for each of up to 64 groups of classes; each group's bytes behind their length."""
+    """pcodec: an adaptive histogram and tANS for each of up to `most` groups of classes; each behind its length."""
 
-    def __init__(self, codes: np.ndarray) -> None:
+    def __init__(self, codes: np.ndarray, most: int = 64) -> None:
         import pcodec
 
         self._standalone = pcodec.standalone
@@ -288,7 +304,7 @@ class Pcodec:
         else:
             mode, delta = pcodec.ModeSpec.classic(), pcodec.DeltaSpec.no_op()
             self._settings = pcodec.ChunkConfig(mode_spec=mode, delta_spec=delta, enable_8_bit=True)
-        self._groups = groups(codes.shape[1])
+        self._groups = groups(codes.shape[1], most)
 
     def pack(self, codes: np.ndarray) -> bytes:
         parts = []

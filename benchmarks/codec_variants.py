@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import zstandard
+from codec_methods import Coder, Lzma, Pcodec, Zstd, installed
 from rate_distortion import (
     Features,
     Setting,
@@ -29,6 +29,8 @@ from rate_distortion import (
 )
 
 ERROR = 0.01
+BANDS = {2: [1], 3: [1, 3], 4: [1, 2, 4], 6: [1, 2, 3, 5, 8]}
+"""Sums of the two frequencies at which a band begins, the first at 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ class Variant:
     together: bool = False
     """A coefficient of all samples of the chunk side by side."""
     zstd: dict[str, int] = field(default_factory=lambda: {"level": 1, "window_log": 14, "min_match": 7, "hash_log": 6})
+    coder: str = "zstd"
+    """Or `lzma`, or `pcodec N` with N groups of coefficients."""
 
 
 @dataclass(kw_only=True)
@@ -83,12 +87,17 @@ def rotate(basis: np.ndarray, maps: np.ndarray) -> np.ndarray:
 
 
 def transform(name: str, features: Features) -> Coefficients:
-    """`none`, `dct B`, `haar B`, `klt B` (one learned transform of a block for all channels), `klt per channel B`, `dct B, no
-    PCA`, `dct B, PCA per frequency`, `dct B, dct of neighbours` (the four lowest frequencies again, over the blocks)."""
+    """Every name with a block B but the first, which transforms the channels alone.
+
+    `none`, `dct B`, `haar B`, `klt B` (one learned transform of a block for all channels), `klt per channel B`, `dct B, no
+    PCA`, `dct B, PCA per frequency` (each frequency of a block has a rotation of its own), `dct B, PCA per N bands`
+    (frequencies whose sums are alike share one), `dct B, dct of neighbours` (the four lowest frequencies again, over the
+    blocks).
+    """
     kind, _, rest = name.partition(" ")
-    block = int("".join(filter(str.isdigit, name)) or 1)
+    block = int(next((word for word in name.replace(",", "").split() if word.isdigit()), 1))
     _, basis = principal(features.fit, features.mean)
-    if name.endswith(("no PCA", "PCA per frequency")):
+    if name.endswith(("no PCA", "PCA per frequency", "bands")):
         basis = np.eye(len(basis), dtype=np.float32)
     halves = [blocks_of(rotate(basis, half - features.mean), block) for half in (features.fit, features.held_out)]
     if kind == "klt":
@@ -102,10 +111,15 @@ def transform(name: str, features: Features) -> Coefficients:
         line = (haar if kind == "haar" else dct_matrix)(block)
         matrix = np.kron(line, line).astype(np.float32)
     halves = [matrix @ half for half in halves]  # [n, C, frequency, blocks]
-    if name.endswith("PCA per frequency"):
-        covariance = np.einsum("ncfb,ndfb->fcd", halves[0], halves[0], optimize=True)
-        bases = np.linalg.eigh(covariance)[1].transpose(0, 2, 1)[:, ::-1]
-        halves = [np.einsum("fdc,ncfb->ndfb", bases, half, optimize=True) for half in halves]
+    if name.endswith(("PCA per frequency", "bands")):
+        rank = np.add.outer(np.arange(block), np.arange(block)).ravel()
+        band = np.arange(block * block) if name.endswith("frequency") else np.digitize(rank, BANDS[int(name.split()[-2])])
+        for number in range(band.max() + 1):
+            inside = band == number
+            part = halves[0][:, :, inside]
+            _, basis = principal(part, np.zeros((len(basis), 1, 1), np.float32))
+            for half in halves:
+                half[:, :, inside] = rotate(basis, half[:, :, inside])
     frequency = np.add.outer(np.arange(block), np.arange(block)).ravel()
     channel = np.repeat(np.arange(halves[0].shape[1]), block * block)
     frequency = np.tile(frequency, halves[0].shape[1])
@@ -143,7 +157,15 @@ def quantise(values: np.ndarray, power: np.ndarray, step: float, variant: Varian
     ratio = step / np.sqrt(np.maximum(power, 1e-30))
     round_up = np.minimum(variant.round_up + variant.widen * ratio, max(0.75, variant.round_up)).astype(np.float32)
     codes = np.floor(np.abs(values) * np.float32(1 / step) + (1 - round_up)[:, None])
-    return np.clip(np.copysign(codes, values, out=codes), -127, 127, out=codes)
+    return np.copysign(codes, values, out=codes)
+
+
+def as_digits(codes: np.ndarray) -> np.ndarray:
+    """int8 [n, rows, blocks]: a coefficient that is ever wider than int8 as two rows, 255 x the first + the second."""
+    wide = (np.abs(codes) > 127).any((0, 2))
+    high = np.rint(codes[:, wide] / 255)
+    codes[:, wide] -= 255 * high
+    return np.concatenate([high, codes], 1).astype(np.int8)
 
 
 def gains(values: np.ndarray, codes: np.ndarray, step: float) -> np.ndarray:
@@ -179,21 +201,19 @@ def judge(variant: Variant, coefficients: Coefficients) -> Outcome:
         slope = float(np.clip((np.log(error) - before[1]) / (np.log(step) - before[0]), 0.5, 2.5))
     values = coefficients.held_out.size
     order = arrange(variant.order, coefficients, kept)
-    codes = codes[:, order].astype(np.int8)
+    codes = as_digits(codes[:, order])
     chunks = [codes[start : start + variant.samples] for start in range(0, len(codes), variant.samples)]
-    raw = [np.ascontiguousarray(chunk.swapaxes(0, 1) if variant.together else chunk).tobytes() for chunk in chunks]
-    settings = dict(variant.zstd)
-    level = settings.pop("level")
-    parameters = zstandard.ZstdCompressionParameters.from_level(level, **settings, write_checksum=True)
-    compressor = zstandard.ZstdCompressor(compression_params=parameters)
-    packed = [compressor.compress(chunk) for chunk in raw]
-    decompressor = zstandard.ZstdDecompressor()
+    chunks = [np.ascontiguousarray(chunk.swapaxes(0, 1) if variant.together else chunk) for chunk in chunks]
+    coder = make_coder(variant, chunks[0])
+    packed = [coder.pack(chunk) for chunk in chunks]
+    room = np.empty_like(chunks[0])
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
-        for chunk in packed:
-            decompressor.decompress(chunk)
+        for chunk, data in zip(chunks, packed, strict=True):
+            coder.unpack(data, room[: len(chunk)])
         seconds.append(time.perf_counter() - started)
+    raw = [chunk.tobytes() for chunk in chunks]
     in_blocks = sum(
         entropy(np.frombuffer(chunk[start : start + 16384], np.int8)) * len(chunk[start : start + 16384])
         for chunk in raw
@@ -207,6 +227,13 @@ def judge(variant: Variant, coefficients: Coefficients) -> Outcome:
         step=step,
         decode=sum(map(len, raw)) / min(seconds) / 1e9,
     )
+
+
+def make_coder(variant: Variant, codes: np.ndarray) -> Coder:
+    kind, _, count = variant.coder.partition(" ")
+    if kind == "pcodec":
+        return Pcodec(codes, int(count))
+    return Lzma() if kind == "lzma" else Zstd(**variant.zstd)
 
 
 def arrange(order: str, coefficients: Coefficients, kept: np.ndarray) -> np.ndarray:
@@ -233,6 +260,8 @@ def trials() -> dict[str, list[tuple[str, Variant]]]:
     def zstd(**changes: int) -> Variant:
         return replace(OURS, zstd={**SMALL, **changes})
 
+    counts = (1, 16, 64) if installed("pcodec", "pcodec") else ()
+    best = replace(OURS, order="peakedness", round_up=0.5, widen=0.1, together=True)
     spatial = [
         *("none", "dct 2", "dct 4", "dct 16", "dct 32", "haar 8", "klt 8", "klt per channel 8"),
         *(
@@ -242,6 +271,7 @@ def trials() -> dict[str, list[tuple[str, Variant]]]:
             "dct 8, PCA per frequency",
             "dct 4, PCA per frequency",
             "dct 2, PCA per frequency",
+            "dct 8, PCA per 6 bands",
             "dct 8, dct of neighbours",
         ),
     ]
@@ -275,6 +305,29 @@ def trials() -> dict[str, list[tuple[str, Variant]]]:
             ("level 9, 16 KB window", zstd(level=9)),
         ],
         "chunk": [(f"{count} samples", replace(OURS, samples=count)) for count in (1, 4, 16, 32)],
+        "coder": [
+            ("LZMA", replace(OURS, coder="lzma")),
+            *((f"pcodec, {count} groups", replace(OURS, coder=f"pcodec {count}")) for count in counts),
+        ],
+        "together": [
+            ("the better half of the above, dct 8", best),
+            ("the same, dct 4", replace(best, transform="dct 4")),
+            *(
+                (f"the same, {name}", replace(best, transform=name))
+                for name in ("dct 8, PCA per frequency", "dct 8, PCA per 6 bands")
+            ),
+            (
+                "dct 4, PCA per frequency, samples side by side",
+                replace(OURS, transform="dct 4, PCA per frequency", together=True),
+            ),
+            *(
+                (
+                    f"the same as the third, pcodec, {count} groups",
+                    replace(best, transform="dct 8, PCA per frequency", together=False, coder=f"pcodec {count}"),
+                )
+                for count in counts[-1:]
+            ),
+        ],
     }
 
 
