@@ -1,30 +1,31 @@
 """What was tried for the codec `pca`: transforms, orders, quantisers, zstd's settings, each judged at the same error.
 
-    OMP_NUM_THREADS=1 python benchmarks/codec_variants.py --data DIR
+    OMP_NUM_THREADS=1 python benchmarks/codec_variants.py --data DIR [--layer L --image-size S --grid G] [--out FILE.md]
 
-All of it stays what stock Zarr v3 with zstd reads and linear numpy decodes. A variant differs from the recipe in one thing, and
-its step is chosen so that the held-out images lose exactly 1 %: channels rotated by PCA, a DCT of 8 x 8 blocks, one step,
-rounding up from 0.55, coefficients with a variance above step^2 / 6 in the order of falling variance, [samples, kept, blocks],
-zstd level 1 with a window of 16 KB.
+All but the group `coder` stays what stock Zarr v3 with zstd reads and linear numpy decodes. A variant differs from the recipe
+in one thing, and its step is chosen so that the held-out images lose exactly 1 %: channels rotated by PCA, a DCT of blocks
+(8 x 8, or 7 x 7 where 8 does not divide the grid), one step, rounding up from 0.55, coefficients with a variance above
+step^2 / 6 in the order of falling variance, [samples, kept, blocks], zstd level 1 with a window of 16 KB. "Samples side by
+side" is [kept, samples, blocks] in a chunk, which Zarr v3's codec `transpose` undoes.
 """
 
 import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 from codec_methods import Coder, Lzma, Pcodec, Zstd, installed
 from rate_distortion import (
     Features,
-    Setting,
+    add_arguments,
     class_entropy,
     dct_matrix,
     entropy,
     load_features,
     markdown,
     principal,
+    setting_of,
     water_filling,
 )
 
@@ -250,82 +251,70 @@ def arrange(order: str, coefficients: Coefficients, kept: np.ndarray) -> np.ndar
     return np.lexsort(keys[order])
 
 
-OURS = Variant()
 SMALL = {"level": 1, "window_log": 14, "min_match": 7, "hash_log": 6}
 
 
-def trials() -> dict[str, list[tuple[str, Variant]]]:
+def recipe(grid: int) -> Variant:
+    return Variant(transform=f"dct {next(block for block in (8, 7, 4, 2, 1) if grid % block == 0)}")
+
+
+def trials(ours: Variant, grid: int) -> dict[str, list[tuple[str, Variant]]]:
     """Groups of variants, each with its name."""
 
     def zstd(**changes: int) -> Variant:
-        return replace(OURS, zstd={**SMALL, **changes})
+        return replace(ours, zstd={**SMALL, **changes})
 
     counts = (1, 16, 64) if installed("pcodec", "pcodec") else ()
-    best = replace(OURS, order="peakedness", round_up=0.5, widen=0.1, together=True)
-    spatial = [
-        *("none", "dct 2", "dct 4", "dct 16", "dct 32", "haar 8", "klt 8", "klt per channel 8"),
-        *(
-            "klt 4",
-            "dct 8, no PCA",
-            "dct 4, no PCA",
-            "dct 8, PCA per frequency",
-            "dct 4, PCA per frequency",
-            "dct 2, PCA per frequency",
-            "dct 8, PCA per 6 bands",
-            "dct 8, dct of neighbours",
-        ),
-    ]
+    own = ours.transform
+    block = int(own.split()[1])
+    divisors = [size for size in (2, 4, 7, 8, 14, 16, 32) if grid % size == 0]
+    spatial = ["none", *(f"dct {size}" for size in divisors if size != block), f"dct {block}, no PCA"]
+    spatial += [f"haar {size}" for size in (8,) if size in divisors]
+    spatial += [f"{kind} {size}" for kind in ("klt", "klt per channel") for size in divisors if size <= 8]
+    spatial += [f"dct {size}, PCA per frequency" for size in divisors if size <= 8]
+    spatial += [*(f"{own}, PCA per {bands} bands" for bands in BANDS), f"{own}, dct of neighbours"]
+    bands = f"{own}, PCA per 6 bands"
+    side = replace(ours, together=True, samples=16)
+    fine = replace(side, order="peakedness", round_up=0.5, widen=0.1)
     return {
-        "transform": [(name, replace(OURS, transform=name)) for name in spatial],
+        "transform": [(name, replace(ours, transform=name)) for name in spatial],
         "order": [
-            *((f"by {name}", replace(OURS, order=name)) for name in ("magnitude", "peakedness")),
-            *((f"by {name}", replace(OURS, order=name)) for name in ("frequency, channel", "channel, frequency")),
-            ("samples of a chunk side by side", replace(OURS, together=True)),
-            ("samples of a chunk side by side, 32", replace(OURS, together=True, samples=32)),
+            *((f"by {name}", replace(ours, order=name)) for name in ("magnitude", "peakedness")),
+            *((f"by {name}", replace(ours, order=name)) for name in ("frequency, channel", "channel, frequency")),
+            *((f"{count} samples side by side", replace(ours, together=True, samples=count)) for count in (8, 16, 32)),
         ],
         "quantiser": [
-            *((f"rounding up from {value}", replace(OURS, round_up=value)) for value in (0.5, 0.6, 0.65)),
+            *((f"rounding up from {value}", replace(ours, round_up=value)) for value in (0.5, 0.6, 0.65)),
             *(
-                (f"rounding up from 0.5 + {value} step / deviation", replace(OURS, round_up=0.5, widen=value))
+                (f"rounding up from 0.5 + {value} step / deviation", replace(ours, round_up=0.5, widen=value))
                 for value in (0.05, 0.1)
             ),
-            *((f"kept above {value:.3g} step^2", replace(OURS, drop=value)) for value in (1 / 12, 0.25, 0.35, 0.5)),
-            ("a least-squares step for each coefficient", replace(OURS, gain=True)),
-            ("the same, rounding up from 0.6", replace(OURS, gain=True, round_up=0.6)),
-            ("the same, rounding up from 0.65", replace(OURS, gain=True, round_up=0.65)),
+            *((f"kept above {value:.3g} step^2", replace(ours, drop=value)) for value in (1 / 12, 0.25, 0.35, 0.5)),
+            ("a least-squares step for each coefficient", replace(ours, gain=True)),
+            ("the same, rounding up from 0.6", replace(ours, gain=True, round_up=0.6)),
+            ("the same, rounding up from 0.65", replace(ours, gain=True, round_up=0.65)),
         ],
         "zstd": [
-            ("level 1, untouched", replace(OURS, zstd={"level": 1})),
-            ("level 3, untouched", replace(OURS, zstd={"level": 3})),
-            ("level 9, untouched", replace(OURS, zstd={"level": 9})),
-            ("level 19, untouched", replace(OURS, zstd={"level": 19})),
+            ("level 1, untouched", replace(ours, zstd={"level": 1})),
+            ("level 3, untouched", replace(ours, zstd={"level": 3})),
+            ("level 9, untouched", replace(ours, zstd={"level": 9})),
+            ("level 19, untouched", replace(ours, zstd={"level": 19})),
             *((f"window of {2**log // 1024} KB", zstd(window_log=log)) for log in (12, 13, 15, 16, 17)),
             *((f"matches from {length} bytes", zstd(min_match=length)) for length in (4, 5, 6)),
             ("hash of 2^12", zstd(hash_log=12)),
             ("level 9, 16 KB window", zstd(level=9)),
         ],
-        "chunk": [(f"{count} samples", replace(OURS, samples=count)) for count in (1, 4, 16, 32)],
+        "chunk": [(f"{count} samples", replace(ours, samples=count)) for count in (1, 4, 16, 32)],
         "coder": [
-            ("LZMA", replace(OURS, coder="lzma")),
-            *((f"pcodec, {count} groups", replace(OURS, coder=f"pcodec {count}")) for count in counts),
+            ("LZMA", replace(ours, coder="lzma")),
+            *((f"pcodec, {count} groups", replace(ours, coder=f"pcodec {count}")) for count in counts),
         ],
-        "together": [
-            ("the better half of the above, dct 8", best),
-            ("the same, dct 4", replace(best, transform="dct 4")),
+        "several": [
+            ("16 samples side by side, 6 bands", replace(side, transform=bands)),
+            ("the same, by peakedness, rounding up from 0.5 + 0.1 step / deviation", replace(fine, transform=bands)),
             *(
-                (f"the same, {name}", replace(best, transform=name))
-                for name in ("dct 8, PCA per frequency", "dct 8, PCA per 6 bands")
-            ),
-            (
-                "dct 4, PCA per frequency, samples side by side",
-                replace(OURS, transform="dct 4, PCA per frequency", together=True),
-            ),
-            *(
-                (
-                    f"the same as the third, pcodec, {count} groups",
-                    replace(best, transform="dct 8, PCA per frequency", together=False, coder=f"pcodec {count}"),
-                )
-                for count in counts[-1:]
+                (f"6 bands, pcodec, {count} groups", replace(ours, transform=bands, coder=f"pcodec {count}"))
+                for count in counts[1:2]
             ),
         ],
     }
@@ -333,27 +322,21 @@ def trials() -> dict[str, list[tuple[str, Variant]]]:
 
 def main(arguments: list[str] | None = None, report: Callable[[str], None] = print) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="a folder of photographs; default: the ones that packages ship")
-    parser.add_argument("--teacher", default="efficientnet_lite0")
-    parser.add_argument("--weights")
-    parser.add_argument("--layer")
-    parser.add_argument("--grid", type=int, default=32)
-    parser.add_argument("--image-size", type=int)
-    parser.add_argument("--limit", type=int, default=192, help="images, half of them to fit on (default %(default)s)")
-    parser.add_argument("--features", type=Path, help="a folder that keeps the embeddings for the next run")
+    add_arguments(parser)
     parser.add_argument("--only", nargs="*", help="groups of variants")
     given = parser.parse_args(arguments)
-    setting = Setting(layer=given.layer, image_size=given.image_size, grid=given.grid)
+    setting = setting_of(given)
     features = load_features(given.data, given.teacher, given.weights, setting, limit=given.limit, folder=given.features)
+    ours = recipe(given.grid)
     made: dict[str, Coefficients] = {}
     rows: list[list[str]] = []
     base = 0.0
-    for group, variants in {"recipe": [("ours", OURS)], **trials()}.items():
+    for group, variants in {"recipe": [("ours", ours)], **trials(ours, given.grid)}.items():
         if given.only and group not in (*given.only, "recipe"):
             continue
         for name, variant in variants:
             if variant.transform not in made:
-                made = {key: value for key, value in made.items() if key == OURS.transform}  # room for one more
+                made = {key: value for key, value in made.items() if key == ours.transform}  # room for one more
                 made[variant.transform] = transform(variant.transform, features)
             coefficients = made[variant.transform]
             outcome = judge(variant, coefficients)
@@ -374,8 +357,11 @@ def main(arguments: list[str] | None = None, report: Callable[[str], None] = pri
         "kept",
         "codes GB/s",
     ]
-    report("")
-    report(markdown(head, rows))
+    text = f"{given.teacher}, {setting}: {len(features.held_out)} held-out images, fitted on {len(features.fit)} others.\n\n"
+    text += markdown(head, rows)
+    report(f"\n{text}")
+    if given.out:
+        given.out.with_suffix(".md").write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -15,14 +15,24 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from codec_methods import OURS, STORED, ChannelPCA, Coder, Float16, Method, coders, families, few_values, installed, say
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rate_distortion import Features, Setting, class_entropy, entropy, load_features, markdown, spectra, water_filling
+from rate_distortion import (
+    Features,
+    Setting,
+    add_arguments,
+    class_entropy,
+    entropy,
+    load_features,
+    markdown,
+    setting_of,
+    spectra,
+    water_filling,
+)
 
 from sami_cache.store.codecs import fit_codec
 
@@ -300,16 +310,8 @@ def stages(given: argparse.Namespace, settings: tuple[Setting, ...]) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="a folder of photographs; default: the ones that packages ship")
-    parser.add_argument("--teacher", default="efficientnet_lite0")
-    parser.add_argument("--weights")
-    parser.add_argument("--layer")
-    parser.add_argument("--grid", type=int, default=32)
-    parser.add_argument("--image-size", type=int)
-    parser.add_argument("--limit", type=int, default=192, help="images, half of them to fit on (default %(default)s)")
-    parser.add_argument("--features", type=Path, help="a folder that keeps the embeddings for the next run")
+    add_arguments(parser)
     parser.add_argument("--no-stages", action="store_true", help="leave out the other stages of efficientnet_lite0")
-    parser.add_argument("--out", type=Path, help="write FILE.md and FILE.png beside printing")
     return parser.parse_args(arguments)
 
 
@@ -320,7 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
         say("speeds are not per core: set OMP_NUM_THREADS=1")
     for module in ("constriction", "pcodec", "blosc2"):
         installed(module, module)
-    setting = Setting(layer=given.layer, image_size=given.image_size, grid=given.grid)
+    setting = setting_of(given)
     features = load_features(given.data, given.teacher, given.weights, setting, limit=given.limit, folder=given.features)
     count = f"{len(features.held_out)} held-out images, fitted on {len(features.fit)} others"
     title = f"{given.teacher}, {setting}, {features.fit.shape[1]} channels: {count}"

@@ -1,5 +1,6 @@
 """What the codec benchmarks share: features of a teacher, the entropy of codes, and the Gaussian rate-distortion bound."""
 
+import argparse
 import os
 import tempfile
 from dataclasses import dataclass
@@ -43,6 +44,22 @@ class Features:
     def energy(self) -> float:
         """Mean of (held-out embedding - mean)^2: what a relative squared error is relative to."""
         return float(np.square(self.held_out - self.mean, dtype=np.float64).mean())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, help="a folder of photographs; default: the ones that packages ship")
+    parser.add_argument("--teacher", default="efficientnet_lite0")
+    parser.add_argument("--weights")
+    parser.add_argument("--layer")
+    parser.add_argument("--grid", type=int, default=32)
+    parser.add_argument("--image-size", type=int)
+    parser.add_argument("--limit", type=int, default=192, help="images, half of them to fit on (default %(default)s)")
+    parser.add_argument("--features", type=Path, help="a folder that keeps the embeddings for the next run")
+    parser.add_argument("--out", type=Path, help="write FILE.md (and a plot FILE.png) beside printing")
+
+
+def setting_of(given: argparse.Namespace) -> Setting:
+    return Setting(layer=given.layer, image_size=given.image_size, grid=given.grid)
 
 
 def load_features(

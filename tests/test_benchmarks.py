@@ -91,3 +91,26 @@ def test_the_benchmark_runs_and_its_figures_are_right(benchmarks: Path, tmp_path
     assert float(bound[3]) < float(ours[7]) < float(ours[3])
     order = [float(cells[3].strip("()")) for cells in rows.values() if cells[3].strip("()").replace(".", "").isdigit()]
     assert order == sorted(order)
+
+
+@pytest.mark.parametrize("grid", [8, 14])
+def test_every_transform_that_was_tried_keeps_the_energy(benchmarks: Path, grid: int) -> None:
+    theory, script = load(benchmarks, "rate_distortion"), load(benchmarks, "codec_variants")
+    embeddings = teacher_like(24, grid=grid)
+    features = theory.Features(fit=embeddings[:12], held_out=embeddings[12:])
+    names = {variant.transform for group in script.trials(script.recipe(grid), grid).values() for _, variant in group}
+    assert len(names) > 10
+    energy = features.energy * features.held_out.size
+    for name in names:
+        held_out = script.transform(name, features).held_out
+        assert np.square(held_out, dtype=np.float64).sum() == pytest.approx(energy, rel=1e-4), name
+
+
+def test_wide_coefficients_become_two_rows(benchmarks: Path) -> None:
+    script = load(benchmarks, "codec_variants")
+    codes = np.random.default_rng(0).integers(-20000, 20000, (3, 2, 5)).astype(np.float32)
+    codes[:, 1] %= 100
+    rows = script.as_digits(codes.copy()).astype(int)
+    assert rows.shape == (3, 3, 5)
+    assert (255 * rows[:, 0] + rows[:, 1] == codes[:, 0]).all()
+    assert (rows[:, 2] == codes[:, 1]).all()
