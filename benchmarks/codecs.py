@@ -18,7 +18,20 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from codec_methods import OURS, STORED, ChannelPCA, Coder, Float16, Method, coders, families, few_values, installed, say
+from codec_methods import (
+    OURS,
+    STORED,
+    ChannelPCA,
+    Coder,
+    Float16,
+    Method,
+    coders,
+    families,
+    few_values,
+    fit_codec,
+    installed,
+    say,
+)
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rate_distortion import (
@@ -33,8 +46,6 @@ from rate_distortion import (
     spectra,
     water_filling,
 )
-
-from sami_cache.store.codecs import fit_codec
 
 TARGETS = (0.001, 0.01, 0.03, 0.1)
 PIECE_BYTES = 800_000
