@@ -12,12 +12,8 @@ import numpy as np
 import zstandard
 from rate_distortion import Features, groups, principal
 
+from sami_cache.store.fitting import fit_codec
 from sami_cache.store.shards import ShardLayout, pack_shard, unpack_chunk
-
-try:
-    from sami_cache.store.fitting import fit_codec
-except ImportError:  # where the codec is still one file
-    from sami_cache.store.codecs import fit_codec
 
 OURS = "pca (ours)"
 STORED = "as stored"
