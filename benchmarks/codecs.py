@@ -356,7 +356,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not given.no_stages and given.teacher == "efficientnet_lite0":
         settings = tuple(replace(each, grid=min(each.grid, given.grid)) for each in SETTINGS)
         text += ["\n## Stages and resolutions\n\nBits a value at 1 %.\n", stages(given, settings)]
-    text.append(f"\n{time.perf_counter() - started:.0f} s, the teacher included.")
+    teacher = "without" if given.features else "with"
+    text.append(f"\n{time.perf_counter() - started:.0f} s, {teacher} the teacher's time for embeddings that were kept.")
     print("\n".join(text))
     if given.out:
         given.out.with_suffix(".md").write_text("\n".join(text) + "\n")
