@@ -1,4 +1,4 @@
-"""Commands that make, check and show caches: extract, verify, diff, inspect."""
+"""Commands that make and check caches: extract, verify, diff."""
 
 import json
 from dataclasses import asdict
@@ -33,7 +33,6 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example: `sami-cache extract --teacher vit_h --weights sam_vit_h_4b8939.pth --data photos/`")(extract)
     app.command(epilog="Example: `sami-cache verify --deep && sami-cache verify --audit 16`")(verify)
     app.command(epilog="Example: `sami-cache diff monday.zarr tuesday.zarr`")(diff)
-    app.command(epilog="Example: `sami-cache inspect cache.zarr --json`")(inspect)
 
 
 def extract(
@@ -292,53 +291,3 @@ def diff(
         if found.worst is not None:
             typer.echo(f"largest squared difference between embeddings, relative to their variance: {found.worst:.3g}")
     raise typer.Exit(0 if found.same else 1)
-
-
-def inspect(
-    cache: Annotated[Path, typer.Argument(envvar="SAMI_CACHE", help="The cache.")] = Path("cache.zarr"),
-    as_json: AsJson = False,
-) -> None:
-    """Show what a cache holds: identity, counts, bytes, and what the codec lost."""
-    from pipelines.inspect import inspect_cache
-
-    found = inspect_cache(cache)
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-        return
-    identity, count, lost, codes = found["identity"], found["bytes"], found["error"], found["codes"]
-    teacher, view = identity["teacher"], identity["view"]
-    rows = [
-        ("state", f"sealed, root {found['root']}" if found["sealed"] else "not sealed: extraction has not finished"),
-        (
-            "samples",
-            f"{found['usable']} usable, {len(found['failures'])} failed, {found['samples'] - found['committed']} missing",
-        ),
-        ("teacher", f"{teacher['name']}, layer {teacher['layer']}, {teacher['image_size']} px, {identity['precision']}"),
-        ("weights", f"{teacher['weights']}, SHA-256 {teacher['weights_sha256']}"),
-        ("views", "dense" if view["mode"] == "dense" else f"{view['views']} recorded views an image, seed {view['seed']}"),
-        (
-            "codes",
-            f"{codes['kept_channels']} of {codes['channels']} channels, {codes['grid']} x {codes['grid']}, {codes['dtype']}, "
-            f"{count['bits_per_value']:.2f} bits a value",
-        ),
-        (
-            "bytes",
-            f"{size(count['total'])}; a sample: {size(count['codes_per_sample'])} codes + {size(count['jpeg_per_sample'])} "
-            f"JPEG (embedding as float16: {size(count['float16_per_sample'])})",
-        ),
-        ("shards", f"{found['shards']} of {found['shard_samples']} samples, chunks of {found['chunk_samples']}"),
-    ]
-    if lost["overall"] is not None:
-        worst = lost["worst"][0]
-        asked = f" (asked for {lost['asked']:.2%})" if lost["asked"] else ""
-        rows.append(
-            (
-                "error",
-                f"{lost['overall']:.3%} of the variance{asked}; a sample: median {lost['median']:.3%}, 99 % below "
-                f"{lost['p99']:.3%}, worst {worst['error']:.3%} ({worst['key']}); {lost['clipped_codes']} codes clipped",
-            )
-        )
-    typer.echo(str(cache))
-    typer.echo(table(rows))
-    for failure in found["failures"][:SHOWN]:
-        typer.echo(f"  failed: {failure['key']}: {failure['reason']}")

@@ -11,7 +11,7 @@ import traceback
 import typer
 
 import sami_cache
-from cli import cache_commands, train_commands
+from cli import cache_commands, inspect_command, train_commands
 from sami_cache.errors import Interrupted, SamiCacheError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 cache_commands.register(app)
+inspect_command.register(app)
 train_commands.register(app)
 
 

@@ -1,8 +1,6 @@
 """A page about a pretraining run: its loss curve, what it reconstructs of held-out images, and its settings."""
 
-import base64
 import html
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from pipelines.export import newest_checkpoint
+from pipelines.page import document, picture, png, settings_table
 from pipelines.train import TrainingConfig, prepare
 from sami_cache.checkpoints import Checkpoint, put_weights
 from sami_cache.errors import DamageError, IdentityError, SamiCacheError
@@ -31,11 +29,6 @@ CAPTIONS = {
     "teacher": "Features as RGB: the first three principal components of the teacher's, the same for both columns.",
     "pixels": "Masked patches have the image's brightness and contrast: the loss does not ask for them (norm_pix_loss).",
 }
-STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:960px;margin:2em auto;padding:0 1em;color:#222}img{max-width:100%}"
-    "table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .9em .2em 0;text-align:left;border-bottom:1px solid #ddd}"
-    "td.n{text-align:right;font-variant-numeric:tabular-nums}code{font-size:90%}"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +90,7 @@ def report(
         "loss.png": loss_figure(lines),
         "reconstruction.png": reconstruction_figure(rows, TITLES[target], CAPTIONS[target]),
     }
-    pictures = {name: _png(figure) for name, figure in figures.items()}
+    pictures = {name: png(figure) for name, figure in figures.items()}
     folder = run / "report"
     result = ReportResult(
         page=folder / "report.html",
@@ -240,15 +233,8 @@ def _per_pixel(mask: Tensor, grid: int, size: int) -> np.ndarray:
     return cells.repeat(size // grid, 1).repeat(size // grid, 2)[..., None]
 
 
-def _png(figure: Figure) -> bytes:
-    sink = io.BytesIO()
-    figure.savefig(sink, format="png")
-    return sink.getvalue()
-
-
 def _page(run: Path, result: ReportResult, config: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     # Beneath this point only text that has gone through html.escape, numbers and our own constants.
-    name = html.escape(str(run))
     numbers = [("training loss", result.loss_first, result.loss_last)]
     numbers += [
         (key.replace("heldout_", "held-out ").replace("_", " "), result.before[key], result.after[key]) for key in result.after
@@ -257,27 +243,15 @@ def _page(run: Path, result: ReportResult, config: Mapping[str, Any], pictures: 
         f'<tr><td>{html.escape(label)}</td><td class="n">{first:.4f}</td><td class="n">{last:.4f}</td></tr>'
         for label, first, last in numbers
     )
-    settings = "".join(
-        f"<tr><td><code>{html.escape(key)}</code></td><td><code>{html.escape(str(value))}</code></td></tr>"
-        for key, value in _flatten(config)
-    )
     loss, rows = (
-        f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(pictures[file]).decode()}">'
-        for file, alt in (("loss.png", "loss curve"), ("reconstruction.png", "reconstructions"))
+        picture(alt, pictures[file]) for file, alt in (("loss.png", "loss curve"), ("reconstruction.png", "reconstructions"))
     )
     which = "held-out images, never trained on" if result.held_out else "images it was trained on (the run held none out)"
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
-        f"<h1>{name}</h1><p>Step {result.step} of {result.steps}. Before "
+    return document(
+        str(run),
+        f"<p>Step {result.step} of {result.steps}. Before "
         "training the student predicts noise: the held-out loss is then above that of predicting the target's mean, and the "
         "cosine, taken per token between features less their mean, about 0. Training losses are of single batches.</p>"
         f"<table><tr><th></th><th>first</th><th>last</th></tr>{table}</table>"
-        f"<h2>Loss</h2>{loss}<h2>Reconstruction of {which}</h2>{rows}<h2>Settings</h2><table>{settings}</table></html>\n"
+        f"<h2>Loss</h2>{loss}<h2>Reconstruction of {which}</h2>{rows}<h2>Settings</h2>{settings_table(config)}",
     )
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, value in settings.items():
-        pairs += _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
-    return pairs

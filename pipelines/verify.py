@@ -1,6 +1,6 @@
 """Verification of a cache with everything that needs more than the cache: its sources, its teacher, and repair."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from pipelines.sources import check_images, committed_sources, compare_images
 from sami_cache.data.sources import Source, open_source
 from sami_cache.errors import DamageError, SamiCacheError
 from sami_cache.store.cache import Cache
-from sami_cache.store.commits import OK
+from sami_cache.store.commits import OK, Sample
 from sami_cache.store.files import as_damage, disk_full_as_error, move_aside
 from sami_cache.store.head import HEAD, STATIC_FILES
 from sami_cache.store.integrity import Finding, Report, verify_cache
@@ -141,8 +141,11 @@ def _data(config: VerifyConfig, cache: Cache) -> Path:
         return config.data or Path(cache.attributes["provenance"]["data"])
 
 
-def _job(config: VerifyConfig) -> "Job":
-    """The extraction that the cache came from, with its own settings."""
+def extraction_of(config: VerifyConfig) -> "Job":
+    """The extraction that the cache came from, with its own settings.
+
+    Raises SamiCacheError where images or weights are not to be had, IdentityError where they are others.
+    """
     from pipelines.jobs import ExtractConfig, prepare_job
 
     cache = Cache(config.cache)
@@ -160,27 +163,33 @@ def _job(config: VerifyConfig) -> "Job":
     )
 
 
+def embed_again(job: "Job", numbers: Iterable[int]) -> Iterator[tuple[int, Sample, np.ndarray]]:
+    """The teacher's answer today to samples of its cache, in rising order: (number, sample, float32 [C, grid, grid]).
+
+    The embedding is zeros where the sample's status is not ok.
+    """
+    chosen, size = sorted(numbers), job.embedder.batch_size
+    batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+    for batch, fresh in zip(batches, job.embedder.embed(batches), strict=True):
+        yield from zip(batch, fresh.samples, fresh.embeddings, strict=True)
+
+
 def _audit(config: VerifyConfig, cache: Cache, report: Report) -> Audit:
     """Run the teacher again on samples spread over the cache and compare."""
-    job = _job(config)
+    job = extraction_of(config)
     table = cache.table().select(["key", "status", "error"]).to_pydict()
     usable = [number for number, status in enumerate(table["status"]) if status == OK]
     if not usable:
         raise SamiCacheError(f"{cache.path}: no sample has an embedding, so there is nothing to audit.")
     chosen = sorted(np.random.default_rng(0).choice(usable, min(config.audit, len(usable)), replace=False).tolist())
-    size = job.embedder.batch_size
-    batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
     cosines: list[float] = []
     failed: list[str] = []
-    for batch, fresh in zip(batches, job.embedder.embed(batches), strict=True):
-        stored = np.stack([cache.read_embedding(number) for number in batch])
-        for number, sample, cosine in zip(
-            batch, fresh.samples, centred_cosine(stored, fresh.embeddings, cache.codec.mean), strict=True
-        ):
-            cosines.append(float(cosine))
-            # The codec moves an embedding by a known error e, which alone makes the cosine 1 / sqrt(1 + e), about 1 - e / 2.
-            if sample.status != OK or cosine < 1 - table["error"][number] - config.tolerance:
-                failed.append(table["key"][number])
+    for number, sample, fresh in embed_again(job, chosen):
+        cosine = float(centred_cosine(cache.read_embedding(number)[None], fresh[None], cache.codec.mean)[0])
+        cosines.append(cosine)
+        # The codec moves an embedding by a known error e, which alone makes the cosine 1 / sqrt(1 + e), about 1 - e / 2.
+        if sample.status != OK or cosine < 1 - table["error"][number] - config.tolerance:
+            failed.append(table["key"][number])
     if failed:
         what = f"the teacher does not give {len(failed)} of {len(chosen)} embeddings again (worst cosine {min(cosines):.4f})"
         report.findings.append(Finding(path="codes", what=what, samples=failed))
@@ -225,7 +234,7 @@ def _extract_again(
     from pipelines.extract import run_shards
 
     # Before a shard is moved: without images and teacher none can be repaired, with other images none should be.
-    job = _job(config)
+    job = extraction_of(config)
     check_images(cache, job.source, _sources_of(cache, damaged), workers=config.workers)
     with disk_full_as_error(config.cache, "moving damaged shards aside"):
         for shard in damaged:

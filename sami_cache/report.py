@@ -40,7 +40,7 @@ def loss_figure(lines: Sequence[Mapping[str, Any]]) -> Figure:
     A line need not hold every value, and values that are null are left out. Training losses are drawn as running means over a
     tenth of the curve; behind them, pale, the loss as logged.
     """
-    figure = _figure(8.0, 4.5)
+    figure = new_figure(8.0, 4.5)
     left = figure.add_subplot()
     drawn = []
     for key, (label, style) in _LOSSES.items():
@@ -90,7 +90,7 @@ def pca_rgb(features: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
 def reconstruction_figure(rows: Sequence[Row], titles: tuple[str, str, str, str], caption: str = "") -> Figure:
     """A row for every image: image | as the student saw it | target | prediction, with the row's cosine beside it."""
     side, margin, top, bottom = 2.0, 0.45, 0.4, 0.35 if caption else 0.05
-    figure = _figure(4 * side + margin, len(rows) * side + top + bottom, layout=None)
+    figure = new_figure(4 * side + margin, len(rows) * side + top + bottom, layout=None)
     width, height = figure.get_size_inches()
     grid = figure.add_gridspec(
         len(rows), 4, left=margin / width, right=0.995, bottom=bottom / height, top=1 - top / height, wspace=0.03, hspace=0.03
@@ -98,11 +98,11 @@ def reconstruction_figure(rows: Sequence[Row], titles: tuple[str, str, str, str]
     for number, row in enumerate(rows):
         for column, picture in enumerate((row.image, row.masked, row.target, row.prediction)):
             axes = figure.add_subplot(grid[number, column])
-            _show(axes, picture)
+            show_picture(axes, picture)
             if number == 0:
                 axes.set_title(titles[column], fontsize=10)
             if column == 0:
-                axes.set_ylabel(_shorten(row.name), fontsize=8)
+                axes.set_ylabel(shorten(row.name), fontsize=8)
             if column == 3:
                 box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 2}
                 axes.text(0.96, 0.05, f"cosine {row.cosine:.2f}", transform=axes.transAxes, ha="right", fontsize=9, bbox=box)
@@ -111,7 +111,8 @@ def reconstruction_figure(rows: Sequence[Row], titles: tuple[str, str, str, str]
     return figure
 
 
-def _figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
+def new_figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
+    """A figure of `width` x `height` inches that draws without a window."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)  # type: ignore[arg-type]
     FigureCanvasAgg(figure)
     return figure
@@ -135,7 +136,8 @@ def _running_mean(values: list[float]) -> np.ndarray:
     return (sums[last] - sums[first]) / (last - first)
 
 
-def _show(axes: Axes, picture: np.ndarray) -> None:
+def show_picture(axes: Axes, picture: np.ndarray) -> None:
+    """Fill the axes with uint8 [h, w, 3] and nothing else."""
     # Not smoothed: a cell of the features is one colour, and there are as many as there are.
     axes.imshow(picture, interpolation="nearest", aspect="auto")
     axes.set_xticks([])
@@ -144,5 +146,7 @@ def _show(axes: Axes, picture: np.ndarray) -> None:
         spine.set_visible(False)
 
 
-def _shorten(name: str, length: int = 26) -> str:
-    return name if len(name) <= length else "…" + name[1 - length :]
+def shorten(name: str, length: int = 26) -> str:
+    """The end of a long key as matplotlib shows it: to it, what stands between two dollars is a formula."""
+    shown = "".join(char if char.isprintable() else "?" for char in name[-length - 1 :])
+    return (shown if len(shown) <= length else "…" + shown[1 - length :]).replace("$", r"\$")
