@@ -57,6 +57,9 @@ def extract(
     ] = None,
     codec: Annotated[str | None, typer.Option(help="pca (default), int8 or float16.")] = None,
     error: Annotated[float | None, typer.Option(help="Relative squared error of the pca codec. Default 0.01.")] = None,
+    fit_images: Annotated[
+        int | None, typer.Option(min=1, help="Images that the codec is fitted on, drawn at random. Default 256, or 512 MiB.")
+    ] = None,
     images: Annotated[
         bool | None,
         typer.Option("--images/--no-images", help="Keep a JPEG of each image, so that training needs the cache alone."),
@@ -101,6 +104,7 @@ def extract(
         seed=seed,
         codec=codec,
         error=error,
+        fit_images=fit_images,
         images=images,
         shard_samples=shard_samples,
         batch_size=batch_size,
@@ -131,12 +135,20 @@ def _print_summary(summary: "Summary", as_json: bool) -> None:
         ("root", root["root"]),
         ("time", f"{duration(summary.seconds)}, {summary.samples_done} samples by this run"),
     ]
+    if summary.error is not None:
+        asked = f" (asked for {summary.asked:.2%})" if summary.asked else ""
+        rows.insert(1, ("error", f"{summary.error:.3%} of the variance{asked}{_clipped(summary)}"))
     if summary.other_writers:
         text = f"{summary.other_writers} shards were committed by another process first"
         if summary.differences:
             text += f"; {len(summary.differences)} of them differ from ours (shards {summary.differences[:SHOWN]})"
         rows.append(("other writers", text))
     typer.echo(table(rows))
+    if summary.error and summary.asked and summary.error > 1.1 * summary.asked:
+        typer.echo(
+            f"The codec was fitted on {summary.fit_samples} samples, and they say too little about the others: a larger "
+            "--fit-images, into a new --cache, comes nearer to the error that was asked for."
+        )
     if summary.failures:
         typer.echo(f"{len(summary.failures)} samples have no embedding:")
         for key, reason in summary.failures[:SHOWN]:
@@ -145,6 +157,11 @@ def _print_summary(summary: "Summary", as_json: bool) -> None:
             typer.echo(f"  ... and {len(summary.failures) - SHOWN} more: sami-cache inspect {cache} --json")
     where = "" if str(cache) == "cache.zarr" else f" --cache {cache}"
     typer.echo(f"Next: sami-cache verify{where}, then sami-cache train{where} --student vit_s")
+
+
+def _clipped(summary: "Summary") -> str:
+    count, samples = summary.clipped
+    return f"; {count} coefficients clipped in {samples} samples (`sami-cache inspect` names the worst)" if count else ""
 
 
 def _print_plan(outlook: "Plan", as_json: bool) -> None:

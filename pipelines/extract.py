@@ -34,6 +34,14 @@ class Summary:
     """Of the whole cache."""
     failures: list[tuple[str, str]]
     """(key, reason) of every sample without an embedding, whichever run met it."""
+    error: float | None
+    """What the codec lost over the whole set: squared error / variance. None without a usable sample."""
+    asked: float | None
+    """The error that was asked for (`pca`)."""
+    fit_samples: int
+    """On how many samples the codec was fitted."""
+    clipped: tuple[int, int]
+    """Coefficients at the end of their range, and in how many samples."""
     other_writers: int = 0
     """Shards that another process committed first."""
     differences: list[int] = field(default_factory=list)
@@ -65,6 +73,8 @@ def extract(config: ExtractConfig, on_progress: Callable[[Progress], None] = lam
         on_progress(Progress(stage="seal", done=cache.samples, total=cache.samples))
         root = seal_cache(cache)
     table = cache.table().select(["key", "status"]).to_pylist() if root["failed"] else []
+    lost = cache.manifest(root, ["error", "energy", "clipped"])
+    energy, clipped = lost["energy"].drop_null().to_numpy(), lost["clipped"].drop_null().to_numpy()
     return Summary(
         cache=config.cache,
         root=root,
@@ -72,6 +82,10 @@ def extract(config: ExtractConfig, on_progress: Callable[[Progress], None] = lam
         seconds=time.perf_counter() - started,
         bytes=cache.size_on_disk(),
         failures=[(row["key"], row["status"]) for row in table if row["status"] != OK],
+        error=float(np.average(lost["error"].drop_null().to_numpy(), weights=energy)) if energy.any() else None,
+        asked=cache.codec.error,
+        fit_samples=cache.codec.fit_samples,
+        clipped=(int(clipped.sum()), int((clipped > 0).sum())),
         other_writers=sum(not commit.won for commit in commits),
         differences=[commit.record.shard for commit in commits if not commit.same],
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,12 +47,36 @@ def run(home: Path, *arguments: str, capsys=None, **env: str) -> tuple[int, str,
     return code, out.out, out.err
 
 
+def test_a_summary_says_what_saturated_and_that_the_sample_was_too_small(tmp_path, capsys):
+    """Thirty pictures of one grey, on which no codec can be fitted for the ten others, which are photographs."""
+    from photos import pieces
+
+    from sami_cache.store.files import digest
+
+    names = sorted((f"{index:03d}.png" for index in range(40)), key=lambda name: digest(name.encode()))
+    (tmp_path / "data").mkdir()
+    for number, (name, piece) in enumerate(zip(names, pieces(40), strict=True)):
+        flat = piece.resize((1, 1)).resize(piece.size).point(lambda value: 120 + value // 16)
+        (piece if number >= 16 else flat).save(tmp_path / "data" / name)
+    extract = ["extract", "--teacher", "efficientnet_lite0", *SMALL, "--error", "0.001", "--fit-images", "16"]
+    code, out, err = run(tmp_path, *extract, capsys=capsys)
+    assert code == 0, err
+    assert re.search(r"error +\d+\.\d+% of the variance \(asked for 0\.10%\); \d+ coefficients clipped in \d+ samples", out)
+    assert "The codec was fitted on 16 samples, and they say too little about the others: a larger --fit-images" in out
+    code, out, err = run(tmp_path, *extract[:-1], "40", "--cache", "better.zarr", capsys=capsys)
+    assert code == 0, err
+    assert "--fit-images" not in out
+    assert "clipped" not in out
+
+
 def test_the_three_commands(home, capsys):
     """extract, verify, train in a directory that holds data/: the defaults find it, the cache and the run."""
     code, out, err = run(home, "extract", "--teacher", "efficientnet_lite0", *SMALL, capsys=capsys)
     assert code == 0, err
     assert "cache.zarr: 40 of 41 samples in 3 shards, sealed." in out
     assert "bad.png: not an image" in out
+    assert re.search(r"error +[01]\.\d{3}% of the variance \(asked for 1\.00%\)", out)
+    assert "--fit-images" not in out
     assert "Next: sami-cache verify, then sami-cache train --student vit_s" in out
     assert "images/s" in err
     code, out, _ = run(home, "verify", capsys=capsys)

@@ -201,6 +201,9 @@ def test_codecs_reach_their_error_on_images_they_were_not_fitted_on(tmp_path, co
     rows = [row for row in Cache(summary.cache).table().to_pylist() if row["status"] == "ok"]
     energy = np.array([row["energy"] for row in rows])
     error = float((np.array([row["error"] for row in rows]) * energy).sum() / energy.sum())
+    assert summary.error == pytest.approx(error, rel=1e-12)
+    assert summary.asked == (0.01 if codec == "pca" else None)
+    assert (summary.fit_samples, summary.clipped) == (64, (0, 0)) if codec == "pca" else summary.fit_samples == 64
     if codec == "pca":
         assert error == pytest.approx(0.01, rel=0.05)
     else:
