@@ -193,10 +193,11 @@ def test_a_head_with_a_right_digest_and_wrong_fields_is_damage(tmp_path: Path, c
     assert [finding.path for finding in report.findings] == ["zarr.json"]
 
 
-def test_a_newer_format_is_said_to_be_newer(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "mend"), [(1, "It was never released: extract the images"), (3, "Use a newer sami-cache")])
+def test_another_format_is_refused_and_what_to_do_is_said(tmp_path: Path, number: int, mend: str) -> None:
     cache = new_cache(tmp_path / "c.zarr")
-    reseal_head(cache.path, format=2)
-    with pytest.raises(SamiCacheError, match=r"format 2, this program reads format 1\. Use a newer sami-cache"):
+    reseal_head(cache.path, format=number)
+    with pytest.raises(SamiCacheError, match=rf"format {number}, this program reads format 2\. {mend}"):
         Cache(cache.path)
 
 
