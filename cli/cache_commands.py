@@ -145,10 +145,8 @@ def _print_summary(summary: "Summary", as_json: bool) -> None:
         rows.append(("other writers", text))
     typer.echo(table(rows))
     if summary.error and summary.asked and summary.error > 1.1 * summary.asked:
-        typer.echo(
-            f"The codec was fitted on {summary.fit_samples} samples, and they say too little about the others: a larger "
-            "--fit-images, into a new --cache, comes nearer to the error that was asked for."
-        )
+        mend = ": a larger --fit-images, into a new --cache, comes nearer" if summary.fit_samples >= summary.fit_images else ""
+        typer.echo(f"The codec was fitted on {summary.fit_samples} samples, which say too little about the others{mend}.")
     if summary.failures:
         typer.echo(f"{len(summary.failures)} samples have no embedding:")
         for key, reason in summary.failures[:SHOWN]:

@@ -40,6 +40,8 @@ class Summary:
     """The error that was asked for (`pca`)."""
     fit_samples: int
     """On how many samples the codec was fitted."""
+    fit_images: int
+    """On how many it was to be fitted."""
     clipped: tuple[int, int]
     """Coefficients at the end of their range, and in how many samples."""
     other_writers: int = 0
@@ -85,6 +87,7 @@ def extract(config: ExtractConfig, on_progress: Callable[[Progress], None] = lam
         error=float(np.average(lost["error"].drop_null().to_numpy(), weights=energy)) if energy.any() else None,
         asked=cache.codec.error,
         fit_samples=cache.codec.fit_samples,
+        fit_images=job.codec_settings["fit_images"],
         clipped=(int(clipped.sum()), int((clipped > 0).sum())),
         other_writers=sum(not commit.won for commit in commits),
         differences=[commit.record.shard for commit in commits if not commit.same],

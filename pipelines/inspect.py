@@ -179,7 +179,14 @@ def _bytes(cache: Cache, committed: list[int], usable: float) -> dict[str, Any]:
     records = sum(folders.get("commits", {}).values()) + seals
     total = sum(sum(files.values()) for files in folders.values())
     float16 = 2 * cache.attributes["codec"]["channels"] * cache.grid**2
-    count = max(1.0, usable)
+    count = usable or np.nan
+    each = {
+        "per_sample": total / count,
+        "codes_per_sample": parts["codes"] / count,
+        "jpeg_per_sample": parts["images"] / count,
+        "records_per_sample": records / count,
+        "bits_per_value": 8 * parts["codes"] / count / (float16 / 2),
+    }
     return {
         "total": total,
         "codes": parts["codes"],
@@ -187,13 +194,9 @@ def _bytes(cache: Cache, committed: list[int], usable: float) -> dict[str, Any]:
         "records": records,
         "other": total - parts["codes"] - parts["images"] - records,
         "missing_files": missing,
-        "per_sample": total / count,
-        "codes_per_sample": parts["codes"] / count,
-        "jpeg_per_sample": parts["images"] / count,
-        "records_per_sample": records / count,
-        "bits_per_value": 8 * parts["codes"] / count / (float16 / 2),
+        **{name: value if usable else None for name, value in each.items()},
         "float16_per_sample": float16,
-        "float16_to_codes": float16 * count / parts["codes"] if parts["codes"] else None,
+        "float16_to_codes": float16 * usable / parts["codes"] if parts["codes"] and usable else None,
         "codes_to_jpeg": parts["codes"] / parts["images"] if parts["images"] else None,
     }
 

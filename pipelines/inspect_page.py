@@ -63,7 +63,7 @@ def inspect_to_page(config: PageConfig) -> dict[str, Any]:
     temporary = config.page.with_name(f".{config.page.name}.{secrets.token_hex(8)}")
     try:
         with disk_full_as_error(config.page.parent, "writing the page"):
-            write_durably(temporary, text.encode())
+            write_durably(temporary, text.encode(errors="backslashreplace"))  # names may be no UTF-8
         os.replace(temporary, config.page)
     finally:
         temporary.unlink(missing_ok=True)
@@ -259,6 +259,18 @@ def _kilobytes(count: float) -> str:
 
 def _bytes(found: dict[str, Any]) -> list[str]:
     count = found["bytes"]
+    rows = [
+        (name, f"{count[key] / 1e6:,.1f} MB")
+        for name, key in (
+            ("codes", "codes"),
+            ("JPEG", "jpeg"),
+            ("records and manifest", "records"),
+            ("head and copies", "other"),
+            ("all", "total"),
+        )
+    ]
+    if count["per_sample"] is None:
+        return [text_table((), rows)]
     unit = "a view" if found["identity"]["view"]["mode"] == "replay" else "an image"
     bars = [
         ("embedding as float16", count["float16_per_sample"], _kilobytes(count["float16_per_sample"])),
@@ -269,16 +281,6 @@ def _bytes(found: dict[str, Any]) -> list[str]:
         ),
         ("JPEG", count["jpeg_per_sample"], _kilobytes(count["jpeg_per_sample"])),
         ("all of the cache", count["per_sample"], _kilobytes(count["per_sample"])),
-    ]
-    rows = [
-        (name, f"{count[key] / 1e6:,.1f} MB")
-        for name, key in (
-            ("codes", "codes"),
-            ("JPEG", "jpeg"),
-            ("records and manifest", "records"),
-            ("head and copies", "other"),
-            ("all", "total"),
-        )
     ]
     return [f"<p>For {unit} with an embedding:</p>", picture("bytes", png(bytes_figure(bars))), text_table((), rows)]
 

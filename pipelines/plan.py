@@ -82,30 +82,28 @@ def measure(job: Job, on_progress: Callable[[Progress], None] = lambda _: None, 
     `images`: re-encode so many, if there are, to tell what their JPEGs take, which differs more between images than codes do.
     """
     embedder, settings = job.embedder, job.codec_settings
-    parts, seconds = _embed_sample(job, on_progress)
-    samples = [sample for part in parts for sample in part.samples]
-    embeddings = np.concatenate([part.embeddings for part in parts])
-    good = np.array([sample.status == OK for sample in samples])
+    tried, seconds = _embed_sample(job, on_progress)
+    good = np.array([sample.status == OK for sample in tried.samples])
     if not good.any():
         raise SamiCacheError(
-            f"{job.source.location}: none of {len(samples)} images tried can be used; the first: {samples[0].key!r}: "
-            f"{samples[0].status}."
+            f"{job.source.location}: none of {len(good)} images tried can be used; the first: {tried.samples[0].key!r}: "
+            f"{tried.samples[0].status}."
         )
-    check_embeddings(embeddings, samples, good)
-    codec = job.cache.codec if job.cache else fit_codec(settings["name"], embeddings[good], error=settings["error"] or 0.01)
+    check_embeddings(tried.embeddings, tried.samples, good)
+    fitted = tried.embeddings if good.all() else tried.embeddings[good]
+    codec = job.cache.codec if job.cache else fit_codec(settings["name"], fitted, error=settings["error"] or 0.01)
     head = job.head(codec)
+    layout = job.cache.layout if job.cache else head["layout"]
     there = job.cache.size_on_disk() if job.cache else SEAL_BYTES + sum(map(len, static_files(**head).values()))
     done = sum(len(job.cache.shard_samples(shard)) for shard in job.cache.committed()) if job.cache else 0
-    jpegs = [jpeg for part in parts for jpeg in part.jpegs]
-    code_bytes, image_bytes, bytes_of_records = _rehearse(codec, head["layout"], embeddings, samples, jpegs)
-    more = _more_jpegs(job, range(len(samples), images)) if embedder.images else []
-    image_bytes += float(np.mean([*map(_size, jpegs), *more]) - np.mean([*map(_size, jpegs)]))
+    shards = -(-len(embedder) // layout.shard_samples) / len(embedder)
+    code_bytes, bytes_of_records = _rehearse(codec, layout, tried, shards, max(1, embedder.mode.views))
     return Plan(
         images=len(job.source),
         samples=len(embedder),
         remaining=len(embedder) - done,
         code_bytes=code_bytes,
-        image_bytes=image_bytes / max(1, embedder.mode.views),
+        image_bytes=_image_bytes(job, tried, layout, shards, images) if embedder.images else 0.0,
         record_bytes=bytes_of_records,
         there=there,
         seconds_per_sample=seconds,
@@ -115,8 +113,19 @@ def measure(job: Job, on_progress: Callable[[Progress], None] = lambda _: None, 
     )
 
 
-def _size(jpeg: bytes | None) -> int:
-    return len(jpeg or b"")
+def _image_bytes(job: Job, tried: Embedded, layout: ShardLayout, shards: float, images: int) -> float:
+    """Bytes a sample of the shards' image files; `shards`: a sample. An image is stored once in every shard it has views in."""
+    distinct = {sample.key: ("", jpeg) for sample, jpeg in zip(tried.samples, tried.jpegs, strict=True)}
+    sizes = [len(jpeg or b"") for _, jpeg in distinct.values()]
+    sizes += _more_jpegs(job, range(len(sizes), images))
+    found = {key: ("0" * 64, jpeg) for key, (_, jpeg) in distinct.items() if jpeg}
+    empty = len(pack_images({}))
+    row = (len(pack_images(found)) - empty - sum(len(jpeg) for _, jpeg in found.values())) / max(1, len(found))
+    views, count = max(1, job.embedder.mode.views), len(job.embedder)
+    first = np.arange(0, count, layout.shard_samples)
+    last = np.minimum(first + layout.shard_samples, count) - 1
+    stored = (last // views - first // views + 1).sum() / count
+    return stored * float(np.mean([size + row if size else 0 for size in sizes])) + empty * shards
 
 
 def _more_jpegs(job: Job, places: range) -> list[int]:
@@ -138,43 +147,56 @@ def _random_order(job: Job) -> list[int]:
     return sorted(range(len(job.source)), key=lambda index: digest(job.source.keys[index].encode()))
 
 
-def _rehearse(
-    codec: Codec, layout: ShardLayout, embeddings: np.ndarray, samples: list[Sample], jpegs: list[bytes | None]
-) -> tuple[float, float, float]:
-    """Bytes a sample of codes, images and records (manifest included), by making the files that these samples would get."""
+def _rehearse(codec: Codec, layout: ShardLayout, tried: Embedded, shards: float, views: int) -> tuple[float, float]:
+    """Bytes a sample of codes and of records, manifest included, by making the files that the tried samples would get.
+
+    `shards`: a sample, because each file has a part that does not grow with its samples.
+    """
+    samples, embeddings = tried.samples, tried.embeddings
     count = len(samples) // layout.chunk_samples * layout.chunk_samples or len(samples)  # a chunk in part is one filled up
-    sizes, tables = np.zeros(3), [TABLE_SCHEMA.empty_table()]
-    for shard, start in enumerate(range(0, count, layout.shard_samples)):
-        part = slice(start, min(start + layout.shard_samples, count))
+    sizes, tables = np.zeros(2), [TABLE_SCHEMA.empty_table()]
+
+    def record_of(part: slice, packed: bytes, images: bytes, checksums: list[int], rows: list[Sample]) -> Record:
+        files = {"codes/0.0.0.0": FileEntry.of(packed), "images/000000.arrow": FileEntry.of(images)}
+        number = part.start // layout.shard_samples
+        common: dict[str, Any] = {"cache_id": "0" * 64, "content": "0" * 64, "shard": number, "files": files}
+        return Record(chunk_crc32c=checksums, samples=rows, **common)
+
+    parts = [slice(start, min(start + layout.shard_samples, count)) for start in range(0, count, layout.shard_samples)]
+    for part in parts:
         good = np.array([sample.status == OK for sample in samples[part]])
         codes = np.zeros((len(good), *layout.sample_shape), layout.stored_dtype)
         codes[good] = codec.encode(embeddings[part][good])
         packed, checksums = pack_shard(codes, layout)
-        images = {sample.key: ("0" * 64, jpeg) for sample, jpeg in zip(samples[part], jpegs[part], strict=True) if jpeg}
-        image_file = pack_images(images) if images else b""
-        places = {key: place for key, (_, place) in locate_images(image_file).items()} if images else {}
-        record = Record(
-            cache_id="0" * 64,
-            shard=shard,
-            files={"codes/0.0.0.0": FileEntry.of(packed), "images/000000.arrow": FileEntry.of(image_file)},
-            content="0" * 64,
-            chunk_crc32c=checksums,
-            samples=complete_samples(codec, embeddings[part], codes, samples[part], good, places),
-        )
-        sizes += len(packed), len(image_file), len(record_bytes(record))
+        pairs = zip(samples[part], tried.jpegs[part], strict=True)
+        images = pack_images({sample.key: ("0" * 64, jpeg) for sample, jpeg in pairs if jpeg})
+        places = {key: place for key, (_, place) in locate_images(images).items()}
+        rows = complete_samples(codec, embeddings[part], codes, samples[part], good, places)
+        record = record_of(part, packed, images, checksums, rows)
+        sizes += len(packed), len(record_bytes(record))
         tables.append(samples_table(record))
-    sizes[2] += len(pack_manifest(pa.concat_tables(tables))) - len(pack_manifest(tables[0]))
-    code_bytes, image_bytes, bytes_of_records = (sizes / count).tolist()
-    return code_bytes, image_bytes, bytes_of_records
+    fixed = np.array([layout.index_bytes, len(record_bytes(record_of(parts[0], b"", b"", [], [])))])
+    sizes -= len(parts) * fixed
+    table = pa.concat_tables(tables)
+    for name in ("key", "label", "source", "width", "height", "jpeg"):  # an image's, which its views repeat
+        column = table[name].take(pa.array(np.arange(count) // views))
+        table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
+    sizes[1] += len(pack_manifest(table)) - len(pack_manifest(tables[0]))
+    code_bytes, bytes_of_records = (sizes / count + fixed * shards).tolist()
+    return code_bytes, bytes_of_records
 
 
-def _embed_sample(job: Job, on_progress: Callable[[Progress], None]) -> tuple[list[Embedded], float]:
-    """Embed a random sample of the images, one view each; also the seconds that a sample took, decoding included."""
+def _embed_sample(job: Job, on_progress: Callable[[Progress], None]) -> tuple[Embedded, float]:
+    """Embed views of a random sample of the images; also the seconds that a sample took, decoding included."""
     embedder = job.embedder
     views, batch = max(1, embedder.mode.views), embedder.batch_size
     affordable = MAX_FIT_BYTES // (4 * embedder.teacher.info.channels * embedder.grid**2)
     wanted = max(8, min(job.codec_settings["fit_images"], affordable))
-    numbers = [index * views + position % views for position, index in enumerate(_random_order(job)[:wanted])]
+    order = _random_order(job)[:wanted]
+    # One view an image, and another of each only where the images are few.
+    turns = range(min(views, -(-wanted // len(order))))
+    numbers = [index * views + (position + turn) % views for turn in turns for position, index in enumerate(order)]
+    numbers = sorted(numbers[:wanted])
     parts: list[Embedded] = []
     seconds: list[float] = []
     done, failures, last = 0, 0, time.perf_counter()
@@ -186,7 +208,13 @@ def _embed_sample(job: Job, on_progress: Callable[[Progress], None]) -> tuple[li
         seconds.append((now - last) / len(part.samples))
         last = now
         on_progress(Progress(stage="fit", done=done, total=len(numbers), failures=failures))
-    return parts, float(np.median(seconds))  # the median, because the first batch pays for warming up
+    whole = Embedded(
+        samples=[sample for part in parts for sample in part.samples],
+        embeddings=np.concatenate([part.embeddings for part in parts]),
+        jpegs=[jpeg for part in parts for jpeg in part.jpegs],
+        seconds=sum(part.seconds for part in parts),
+    )
+    return whole, float(np.median(seconds))  # the median, because the first batch pays for warming up
 
 
 def free_space(path: Path) -> int:

@@ -176,6 +176,8 @@ def test_a_head_that_is_no_head_is_damage(tmp_path: Path, data: bytes) -> None:
         {"codec": {"kept": 2**40, "channels": 24, "directions": 24, "block": 8, "dtype": "int8", "error": None}},
         {"codec": {"kept": 24, "channels": 24, "directions": 24, "block": 0, "dtype": "int8", "error": None}},
         {"codec": {"kept": 24, "channels": 24, "directions": 24, "block": 3, "dtype": "int8", "error": None}},
+        {"codec": {"kept": 24, "channels": 24, "directions": 25, "block": 8, "dtype": "int8", "error": None}},
+        {"codec": {"kept": 24, "channels": 2**20, "directions": 24, "block": 8, "dtype": "int8", "error": None}},
         {"files": {}},
         {"files": {"../../../etc/passwd": asdict(FileEntry.of(b"0"))}},
         {"files": 7},

@@ -62,7 +62,7 @@ def test_a_summary_says_what_saturated_and_that_the_sample_was_too_small(tmp_pat
     code, out, err = run(tmp_path, *extract, capsys=capsys)
     assert code == 0, err
     assert re.search(r"error +\d+\.\d+% of the variance \(asked for 0\.10%\); \d+ coefficients clipped in \d+ samples", out)
-    assert "The codec was fitted on 16 samples, and they say too little about the others: a larger --fit-images" in out
+    assert "The codec was fitted on 16 samples, which say too little about the others: a larger --fit-images" in out
     code, out, err = run(tmp_path, *extract[:-1], "40", "--cache", "better.zarr", capsys=capsys)
     assert code == 0, err
     assert "--fit-images" not in out

@@ -106,7 +106,7 @@ def test_decoding_is_the_documented_sum(name: str, error: float, grid: int) -> N
     assert codec.decode(codes).dtype == np.float32
 
 
-@pytest.mark.parametrize("size", [1, 4, 7, 8, 13])
+@pytest.mark.parametrize("size", [1, 4, 7, 8, 13, 19])
 def test_the_transform_is_scipys_and_can_be_undone(size: int) -> None:
     from scipy.fft import dctn
 
@@ -265,6 +265,14 @@ def test_the_recorded_error_and_energy_are_those_of_the_sample() -> None:
     assert error[3] == pytest.approx((lost**2).sum() / ((sample - mean) ** 2).sum(), rel=1e-6)
     assert energy[3] == pytest.approx(((sample - mean) ** 2).mean() / codec.variance, rel=1e-6)
     assert error.dtype == energy.dtype == np.float64
+
+
+@pytest.mark.parametrize("error", [0.01, 0.1])
+def test_a_grid_without_a_divisor_is_one_block_and_reaches_the_error(error: float) -> None:
+    """37 cells, DINOv2's grid, makes one block an image: few to judge by, and 1369 coefficients of each direction."""
+    codec = fit_codec("pca", teacher_like(96, grid=37), error=error)
+    assert codec.block == 37
+    assert set_error(codec, teacher_like(24, grid=37, seed=1)) == pytest.approx(error, rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["pca", "int8", "float16"])

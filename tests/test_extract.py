@@ -226,11 +226,14 @@ def test_plan_is_close_and_writes_nothing(photos, extracted):
         {"teacher": "vit_b", "weights": "random", "image_size": 64, "grid": 4},
         {"teacher": "resnet18", "weights": "random", "grid": 8, "image_size": 64, "views": 2},
         {"codec": "float16", "images": False},
+        {"count": 20, "views": 16},
+        {"count": 3, "views": 50},
     ],
-    ids=lambda settings: settings.get("teacher", "") or settings.get("codec", "efficientnet_lite0"),
+    ids=lambda settings: " ".join(f"{name} {value}" for name, value in settings.items()) or "efficientnet_lite0",
 )
 def test_a_plan_from_a_sample_tells_the_final_bytes_within_5_percent(tmp_path, settings):
-    photo_folder(tmp_path / "photos", 192, seed=4)
+    settings = dict(settings)
+    photo_folder(tmp_path / "photos", settings.pop("count", 192), seed=4)
     (tmp_path / "photos" / "broken.jpg").write_bytes(b"no picture")
     given = config(tmp_path, fit_images=64, **settings)
     outlook = plan(given)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 from blake3 import blake3
-from conftest import fill_shard, full_cache, keys_of, make_identity, make_samples, new_cache, teacher_like
+from conftest import fill_shard, full_cache, keys_of, make_identity, make_samples, new_cache, reseal_head, teacher_like
 from photos import photo_folder
 from PIL import Image
 from typer.testing import CliRunner
@@ -201,8 +201,15 @@ def test_a_cache_where_every_sample_failed(tmp_path):
     cache = new_cache(tmp_path / "cache.zarr", samples=16)
     write_shard(cache, 0, teacher_like(16), make_samples(keys_of(cache, 0), tuple(range(16))), [None] * 16)
     seal_cache(cache)
-    assert "no sample has an embedding" in told(cache.path, "--report", tmp_path / "page.html", "--no-teacher")
-    json.loads(told(cache.path, "--json"))
+    text = told(cache.path, "--report", tmp_path / "page.html", "--no-teacher")
+    assert "no sample has an embedding" in text
+    assert "smaller than float16" not in text
+    sizes = json.loads(told(cache.path, "--json"))["bytes"]
+    assert sizes["codes"] > 0
+    assert {name for name, value in sizes.items() if value is None} == {
+        *("per_sample", "codes_per_sample", "jpeg_per_sample", "records_per_sample"),
+        *("bits_per_value", "float16_to_codes"),
+    }
 
 
 # Caches without a manifest, and big ones
@@ -526,6 +533,13 @@ def test_damage_in_what_is_shown_is_damage(home, tmp_path):
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DamageError, match="codes/"):
         page_of(tmp_path, tmp_path, teacher=False)
+
+
+def test_a_name_that_is_no_utf_8_can_be_told(tmp_path):
+    cache = full_cache(tmp_path / "cache.zarr")
+    reseal_head(cache.path, provenance=cache.attributes["provenance"] | {"data": os.fsdecode(b"/photos/\xff")})
+    _, page = page_of(tmp_path, tmp_path, cache=cache.path)
+    assert "/photos/\\udcff" in page
 
 
 def test_synthetic_caches_have_a_page(tmp_path):

@@ -305,3 +305,5 @@ def test_layouts_follow_the_size_of_a_sample(tmp_path: Path) -> None:
     for wrong, what in ((0, "power of two"), (48, "power of two"), (1 << 20, "at most 32768"), (1, "more than 1048576 shards")):
         with pytest.raises(SamiCacheError, match=rf"--shard-samples {wrong}: .*{what}"):
             choose_layout(codec, 8, 2 * 10**6, wrong)
+    with pytest.raises(SamiCacheError, match="--grid 1024: an embedding of 24 channels has 25165824 values then"):
+        choose_layout(codec, 1024, 100)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sami_cache.errors import DamageError, IdentityError, SamiCacheError
-from sami_cache.store.codecs import Codec
+from sami_cache.store.codecs import CODECS, Codec
 from sami_cache.store.commits import TABLE_SCHEMA, FileEntry, Outline, Record, outline_record, parse_record, samples_table
 from sami_cache.store.files import (
     as_damage,
@@ -41,6 +41,8 @@ from sami_cache.store.shards import ShardFile, ShardLayout, crc32c
 TARGET_SHARD_BYTES = 34_000_000
 TARGET_CHUNK_BYTES = 820_000
 MAX_SHARDS = 1 << 20
+MAX_VALUES = 1 << 24
+"""Of one embedding: 64 MB as float32."""
 
 
 def choose_layout(codec: Codec, grid: int, samples: int, shard_samples: int | None = None) -> ShardLayout:
@@ -56,6 +58,11 @@ def choose_layout(codec: Codec, grid: int, samples: int, shard_samples: int | No
         raise SamiCacheError(f"--shard-samples {shard_samples}: must be a power of two, such as 64 or 512.")
     shape = codec.sample_shape(grid)
     size = int(np.prod(shape)) * np.dtype(codec.dtype).itemsize
+    if codec.channels * grid**2 > MAX_VALUES:
+        raise SamiCacheError(
+            f"--grid {grid}: an embedding of {codec.channels} channels has {codec.channels * grid**2} values then, the most is "
+            f"{MAX_VALUES}. Choose a smaller grid."
+        )
     chunk = min(_power_of_two(TARGET_CHUNK_BYTES / size), 64)
     chosen = shard_samples or min(_power_of_two(TARGET_SHARD_BYTES / size), max(16, _power_of_two(samples / 8)), 4096)
     try:
@@ -87,6 +94,8 @@ class Cache:
             numbers = [codec[name] for name in ("kept", "channels", "directions", "block")]
             if not all(isinstance(number, int) and number > 0 for number in numbers) or self.grid % codec["block"]:
                 raise ValueError(f"codec of sizes {numbers} in a grid of {self.grid}")
+            if codec["directions"] > codec["channels"] or codec["channels"] * self.grid**2 > MAX_VALUES:
+                raise ValueError(f"embeddings of {codec['channels']} channels, {self.grid} x {self.grid}")
             self.layout = ShardLayout(
                 sample_shape=(codec["kept"], self.grid // codec["block"], self.grid // codec["block"]),
                 dtype=codec["dtype"],
@@ -150,6 +159,10 @@ class Cache:
         with as_damage(self.path / "zarr.json", "codec"):
             if arrays["index"].min() < 0 or arrays["index"].max() >= codec["directions"] * codec["block"] ** 2:
                 raise ValueError("index out of range")
+            if not all(np.isfinite(array).all() for array in arrays.values()) or not (arrays["step"] > 0).all():
+                raise ValueError("values that no codec has")
+            if codec["name"] not in CODECS or not 0 < float(codec["variance"]) < np.inf:
+                raise ValueError(f"{codec['name']!r} of variance {codec['variance']!r}")
             return Codec(
                 name=codec["name"],
                 error=codec["error"],

@@ -13,7 +13,7 @@ HEADROOM = 2
 # In units of step^2. To store a coefficient of less variance takes more bytes than a smaller step for the others: at 1 % on
 # photographs 0.3 % more than from 1 / 12, the noise of the step (docs/codec.md).
 KEEP_FROM = 0.16
-_JUDGED_VALUES = 1 << 22
+_JUDGED_VALUES, _JUDGED_BLOCKS = 1 << 22, 16
 _PRIOR = 4
 
 
@@ -114,16 +114,18 @@ def _coefficients(
     blocks = embeddings[0].size // count
     power, largest, judged = np.zeros(count), np.zeros(count, np.float32), []
     # Blocks enough to place the step to a fraction of a percent.
-    share = min(1.0, _JUDGED_VALUES / (count * blocks * judging.sum()))
-    rng = np.random.default_rng(0)
+    there = np.flatnonzero(np.repeat(judging, blocks))
+    wanted = max(_JUDGED_BLOCKS, _JUDGED_VALUES // count)
+    drawn = np.zeros(len(embeddings) * blocks, bool)
+    drawn[np.random.default_rng(0).permutation(there)[:wanted]] = True
+    drawn = drawn.reshape(-1, blocks)
     for part in parts(embeddings):
         piece = embeddings[part]
         rotated = basis @ (piece.reshape(len(piece), len(mean), -1) - mean[:, None])
         values = block_dct(rotated.reshape(piece.shape), dct)
         power += np.square(values, dtype=np.float64).sum((0, 2))
         np.maximum(largest, np.abs(values).max((0, 2)), out=largest)
-        chosen = judging[part][:, None] & (rng.random((len(piece), blocks)) < share)
-        judged.append(values.transpose(1, 0, 2)[:, chosen])
+        judged.append(values.transpose(1, 0, 2)[:, drawn[part]])
     seen = len(embeddings) * blocks
     power = (power / seen).reshape(len(mean), -1)
     # Seen a few times only, a coefficient may look negligible by chance: what direction and frequency say counts as well.

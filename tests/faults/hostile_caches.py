@@ -11,10 +11,12 @@ import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -22,9 +24,10 @@ from blake3 import blake3
 from conftest import reseal_head
 from hostile_images import good_images, mutate
 
+from sami_cache.store.commits import FileEntry
 from sami_cache.store.files import canonical_json, digest, seal
-from sami_cache.store.head import ESSENCE, metadata_files
-from sami_cache.store.shards import ShardLayout
+from sami_cache.store.head import ESSENCE, array_file, metadata_files
+from sami_cache.store.shards import ShardLayout, crc32c
 
 HUGE = 1 << 62
 FOLDERS = ("codes", "commits", "images", "tmp", "quarantine")
@@ -105,7 +108,7 @@ def forge_head(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
         )
         for name, data in files.items():
             (path / name).write_bytes(data)
-            attributes["files"][name] = {"size": len(data), "blake3": digest(data)}
+            attributes["files"][name] = asdict(FileEntry.of(data))
     except (ArithmeticError, LookupError, TypeError, ValueError):
         pass  # no metadata follows from it; the head stands alone
     attributes["cache_id"] = digest(canonical_json({name: attributes.get(name) for name in ESSENCE}))
@@ -132,7 +135,7 @@ def _forge_table(rng: random.Random, path: Path) -> None:
     name = rng.choice(("listing.parquet", "manifest.parquet"))
     data = rng.choice((_many_rows(), mutate(rng, (path / name).read_bytes(), b"PAR1")))
     (path / name).write_bytes(data)
-    entry = {"size": len(data), "blake3": digest(data)}
+    entry = asdict(FileEntry.of(data))
     if name == "listing.parquet":
         forge_head(path, lambda attributes: attributes["files"].update({name: entry}))
     else:
@@ -153,15 +156,37 @@ def _forge_numbers(rng: random.Random, path: Path) -> None:
     forge_head(path, rng.choice(edits))
 
 
+def _forge_arrays(rng: random.Random, path: Path) -> None:
+    """Other values in one of the codec's arrays, or blocks that no memory decodes, and a head that vouches for them."""
+    changes: dict[str, Any] = {}
+    name = rng.choice(("basis", "dct", "index", "mean", "step"))
+    if rng.random() < 0.3:
+        changes["block"] = grid = rng.choice((64, 1024, 4096))
+        name, data = "dct", bytes(4 * min(grid, 1024) ** 2)
+    else:
+        values = np.frombuffer((path / array_file(name)).read_bytes()[:-4], "<i4" if name == "index" else "<f4").copy()
+        wrong = (-1, HUGE % 2**31, 2**31 - 1) if name == "index" else (np.nan, np.inf, -1.0, 0.0, 3e38)
+        values[rng.randrange(len(values)) : None if rng.random() < 0.5 else len(values)] = rng.choice(wrong)
+        data = values.tobytes()
+    stored = data + crc32c(data).to_bytes(4, "little")
+    (path / array_file(name)).write_bytes(stored)
+
+    def edit(attributes: dict[str, Any]) -> None:
+        attributes["files"][array_file(name)] = asdict(FileEntry.of(stored))
+        attributes["codec"]["arrays"][name] = digest(data)
+        attributes["codec"].update(changes)
+        if changes:
+            attributes["identity"]["grid"] = changes["block"]
+
+    forge_head(path, edit)
+
+
 def hostile_cache(rng: random.Random, good: Path, path: Path, outside: Path) -> str:
     """A hostile copy of the cache `good` at `path`; returns what was done to it."""
     shutil.copytree(good, path)
 
-    def numbers() -> None:
-        _forge_numbers(rng, path)
-
-    def table() -> None:
-        _forge_table(rng, path)
+    def forged() -> None:
+        rng.choice((_forge_numbers, _forge_numbers, _forge_arrays, _forge_arrays, _forge_table))(rng, path)
 
     def head() -> None:
         forge_head(path, lambda attributes: _change(rng, attributes, outside))
@@ -212,7 +237,7 @@ def hostile_cache(rng: random.Random, good: Path, path: Path, outside: Path) -> 
             for file in (path / "commits" / "000001.json", path / "ROOT.json"):
                 file.unlink()
 
-    kinds = (head, head, head, provenance, sealed, sealed, numbers, numbers, table, text, anything, no_file, folder_link)
+    kinds = (head, head, head, provenance, sealed, sealed, forged, forged, forged, forged, text, anything, no_file, folder_link)
     change = rng.choice(kinds)
     change()
     return change.__name__

@@ -20,11 +20,15 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hostile_caches import hostile_cache, hostile_run, hostile_weights
+from hostile_caches import forge_head, hostile_cache, hostile_run, hostile_weights
 from hostile_child import attempt, make_good
 from hostile_files import all_bombs, deep_folder, hostile_parquet, hostile_tar, image_folder, special_folder
 from photos import photo_folder
+
+from sami_cache.store.cache import Cache
+from sami_cache.store.integrity import verify_cache
 
 SEED = 20260
 DEADLINE = 30.0
@@ -209,6 +213,22 @@ def good(tmp_path_factory, spawn) -> Path:
     return folder
 
 
+def test_what_the_forger_forges_is_believed(good, tmp_path):
+    """Else a campaign of forged heads is refused for the forger's mistakes."""
+    path = Path(shutil.copytree(good / "cache.zarr", tmp_path / "cache.zarr"))
+    codes = Cache(path).read_codes(1)
+    forge_head(path, lambda attributes: attributes["provenance"].update(forged=True))
+    cache = Cache(path)
+    assert cache.attributes["provenance"]["forged"]
+    assert np.array_equal(cache.read_codes(1), codes)
+    assert cache.codec.kept == len(cache.codec.step)
+    assert [finding.path for finding in verify_cache(path).findings] == ["spare.tar"]
+    forge_head(path, lambda attributes: attributes["codec"].update(variance=2 * cache.codec.variance))
+    assert Cache(path).codec.variance == 2 * cache.codec.variance
+    assert Cache(path).cache_id != cache.cache_id
+    assert np.array_equal(Cache(path).read_codes(1), codes)
+
+
 def run_campaign(tmp: Path, good: Path, sizes: dict[str, int], seed: int) -> Outcome:
     outcome = Outcome()
     batches = [
@@ -248,7 +268,7 @@ def check(outcome: Outcome) -> None:
 
 
 def test_hostile_inputs_small(tmp_path, good):
-    sizes = {"bombs": 1, "special": 1, "tar": 16, "parquet": 6, "cache": 10, "weights": 16, "run": 10}
+    sizes = {"bombs": 1, "special": 1, "tar": 16, "parquet": 6, "cache": 20, "weights": 16, "run": 10}
     outcome = run_campaign(tmp_path, good, sizes, SEED)
     print(figures(outcome))
     check(outcome)
