@@ -421,27 +421,29 @@ def start_worker() -> None:
     keep_freed_memory()
 
 
-def run_all(work: Path, part: str, seeds: int, steps: int, processes: int) -> None:
+def run_all(work: Path, part: str, seeds: int, steps: int, processes: int, arms: list[str] | None) -> None:
     """The runs that results.json lacks, several at a time, each on one thread."""
     path = work / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
 
-    def save() -> None:
-        path.with_suffix(".new").write_text(json.dumps(results, indent=1))
+    def kept() -> dict[str, Any]:
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def keep(name: str, found: dict[str, Any]) -> None:
+        path.with_suffix(".new").write_text(json.dumps(kept() | {name: found}, indent=1))
         os.replace(path.with_suffix(".new"), path)
 
-    if part == "errors":
+    results = kept()
+
+    left = [job for job in jobs_of(part, seeds) if "/".join(map(str, job)) not in results and job[1] in (arms or job[1:])]
+    if any(kind == "errors" and arm not in ("float32", "untrained") for kind, arm, _ in left):
         cache = work / "cifar" / "cache.zarr"
         settings = {"teacher": TEACHER, "grid": 16, "error": DEFAULT, "fit_images": FIT_IMAGES, "shard_samples": SHARD}
         extract(ExtractConfig(data=work / "cifar" / "images", cache=cache, device="cpu", trust_images=True, **settings))
         if "codecs" not in results:
-            results["codecs"] = measure_codecs(work)
-            save()
-    left = [job for job in jobs_of(part, seeds) if "/".join(map(str, job)) not in results]
+            keep("codecs", measure_codecs(work))
     with multiprocessing.get_context("spawn").Pool(processes, start_worker) as pool:
         for name, found in pool.imap_unordered(partial(run_job, work, steps), left):
-            results[name] = found
-            save()
+            keep(name, found)
             loss = found.get("exact", {}).get("heldout_loss", found["curve"][-1] if found["curve"] else math.nan)
             print(f"{name}: {loss:.5f}, k-NN {found.get('knn', math.nan):.4f}, {found['seconds']:.0f} s", flush=True)
 
@@ -453,12 +455,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where features, caches and results.json go: 12 GB")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="of every run, 64 images each; default 600 (errors) or 400")
+    parser.add_argument("--arms", nargs="*", help="only these")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
     given = parser.parse_args()
     if given.part == "prepare":
         prepare(given.data, given.work, train=8000, test=2000, few=4000, views=4)
     else:
-        run_all(given.work, given.part, given.seeds, given.steps or STEPS[given.part], given.processes)
+        run_all(given.work, given.part, given.seeds, given.steps or STEPS[given.part], given.processes, given.arms)
 
 
 if __name__ == "__main__":
