@@ -24,9 +24,9 @@ import torch
 from sami_cache.models.teachers import load_teacher
 from sami_cache.processes import keep_freed_memory
 from sami_cache.store.cache import Cache, choose_layout
-from sami_cache.store.codecs import fit_codec
 from sami_cache.store.commits import Sample
 from sami_cache.store.creation import create_cache
+from sami_cache.store.fitting import fit_codec
 from sami_cache.store.integrity import verify_cache
 from sami_cache.store.writing import seal_cache, write_shard
 

@@ -171,7 +171,7 @@ def _print_plan(outlook: "Plan", as_json: bool) -> None:
         (
             "bytes",
             f"{size(outlook.total_bytes)}: {size(outlook.bytes_per_sample)} a sample (codes {size(outlook.code_bytes)}, image "
-            f"{size(outlook.image_bytes)}; {codec.kept} of {codec.channels} channels kept, {codec.dtype})",
+            f"{size(outlook.image_bytes)}; {codec.kept} of {codec.channels * codec.block**2} coefficients kept, {codec.dtype})",
         ),
         ("disk", f"{size(outlook.free_bytes)} free, {size(room)} afterwards" if room > 0 else f"{size(-room)} too little"),
         ("teacher", f"{outlook.seconds_per_sample:.3f} s a sample on this machine, measured"),

@@ -13,9 +13,10 @@ from pipelines.embedding import Embedded
 from pipelines.jobs import ExtractConfig, Job, Progress, prepare_job
 from sami_cache.errors import DiskFullError, SamiCacheError
 from sami_cache.store.cache import choose_layout
-from sami_cache.store.codecs import Codec, fit_codec
+from sami_cache.store.codecs import Codec
 from sami_cache.store.commits import OK
 from sami_cache.store.files import digest
+from sami_cache.store.fitting import fit_codec
 from sami_cache.store.images import pack_images
 from sami_cache.store.shards import pack_shard
 from sami_cache.store.writing import check_embeddings

@@ -35,7 +35,7 @@ class LoadedShard:
     """One shard in memory; rows by place in the shard."""
 
     codes: np.ndarray | None
-    """[n, kept, grid, grid], or None where there is no cache."""
+    """[n, kept, m, m], or None where there is no cache."""
     images: Sequence[bytes | None]
     """Encoded images."""
     views: Sequence[View | None]
@@ -144,7 +144,7 @@ class Batch:
     pixels: Tensor
     """uint8 [B, 3, S, S], the view as the student sees it, RGB."""
     codes: Tensor | None
-    """[B, kept, grid, grid] of the cache's type; the whole image (dense) or the view itself (replay)."""
+    """[B, kept, m, m], as the cache stores them; the whole image (dense) or the view itself (replay)."""
     boxes: Tensor
     """float32 [B, 4], what to cut from `codes`: (x0, y0, x1, y1) in [0, 1]."""
     flips: Tensor

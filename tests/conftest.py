@@ -13,10 +13,10 @@ import pytest
 from children import make_spawn
 
 from sami_cache.store.cache import Cache, choose_layout
-from sami_cache.store.codecs import fit_codec
 from sami_cache.store.commits import Sample
 from sami_cache.store.creation import create_cache
 from sami_cache.store.files import canonical_json, seal
+from sami_cache.store.fitting import fit_codec
 from sami_cache.store.writing import seal_cache, write_shard
 
 

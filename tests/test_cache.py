@@ -22,10 +22,10 @@ from sami_cache.errors import DamageError, DiskFullError, IdentityError, SamiCac
 from sami_cache.store import cache as cache_module
 from sami_cache.store import creation
 from sami_cache.store.cache import Cache
-from sami_cache.store.codecs import fit_codec
 from sami_cache.store.commits import FileEntry
 from sami_cache.store.creation import create_cache
 from sami_cache.store.files import write_durably
+from sami_cache.store.fitting import fit_codec
 from sami_cache.store.head import identity_difference
 from sami_cache.store.integrity import verify_cache
 
@@ -173,7 +173,9 @@ def test_a_head_that_is_no_head_is_damage(tmp_path: Path, data: bytes) -> None:
         {"identity": {}},
         {"layout": []},
         {"layout": {"shard_samples": 2**40, "chunk_samples": 1}},
-        {"codec": {"kept": 2**40, "dtype": "int8"}},
+        {"codec": {"kept": 2**40, "channels": 24, "directions": 24, "block": 8, "dtype": "int8", "error": None}},
+        {"codec": {"kept": 24, "channels": 24, "directions": 24, "block": 0, "dtype": "int8", "error": None}},
+        {"codec": {"kept": 24, "channels": 24, "directions": 24, "block": 3, "dtype": "int8", "error": None}},
         {"files": {}},
         {"files": {"../../../etc/passwd": asdict(FileEntry.of(b"0"))}},
         {"files": 7},

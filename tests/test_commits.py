@@ -27,10 +27,10 @@ from sami_cache.errors import DamageError, SamiCacheError
 from sami_cache.store import cache as cache_module
 from sami_cache.store import writing
 from sami_cache.store.cache import Cache
-from sami_cache.store.codecs import fit_codec
 from sami_cache.store.commits import TABLE_SCHEMA, merkle_root, parse_record, record_bytes
 from sami_cache.store.creation import create_cache
 from sami_cache.store.files import canonical_json, seal
+from sami_cache.store.fitting import fit_codec
 from sami_cache.store.images import locate_images, pack_images
 from sami_cache.store.integrity import verify_cache
 from sami_cache.store.writing import seal_cache, write_shard

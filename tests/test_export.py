@@ -17,8 +17,8 @@ from sami_cache.checkpoints import load_newest
 from sami_cache.errors import DamageError, SamiCacheError
 from sami_cache.models.students import create_encoder
 from sami_cache.store.cache import choose_layout
-from sami_cache.store.codecs import fit_codec
 from sami_cache.store.creation import create_cache
+from sami_cache.store.fitting import fit_codec
 from sami_cache.store.writing import seal_cache, write_shard
 
 SMALL = {"decoder_depth": 1, "decoder_width": 64, "batch_size": 4, "steps": 2, "holdout": 0.2, "device": "cpu"}

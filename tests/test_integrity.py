@@ -23,7 +23,18 @@ from sami_cache.store.writing import seal_cache, write_shard
 
 FILES = (
     *("zarr.json", "listing.parquet", "manifest.parquet", "ROOT.json", "spare.tar"),
-    *("codes/zarr.json", "basis/zarr.json", "basis/0.0", "mean/zarr.json", "mean/0", "step/zarr.json", "step/0"),
+    *(
+        "codes/zarr.json",
+        "basis/zarr.json",
+        "basis/0.0",
+        "dct/zarr.json",
+        "dct/0.0",
+        "mean/zarr.json",
+        "mean/0",
+        "step/zarr.json",
+        "step/0",
+    ),
+    *("index/zarr.json", "index/0"),
     *(f"codes/{shard}.0.0.0" for shard in range(3)),
     *(f"images/{shard:06d}.arrow" for shard in range(3)),
     *(f"commits/{shard:06d}.json" for shard in range(3)),
@@ -97,7 +108,7 @@ def test_the_list_of_files_is_complete(whole: Path) -> None:
         lambda path: full_cache(path, codec="int8", samples=33, chunk_samples=1),
         lambda path: full_cache(path, error=1e-5),
     ],
-    ids=["dense", "no images", "float16", "int8", "int16"],
+    ids=["dense", "no images", "float16", "int8", "wide"],
 )
 def test_clean_caches_are_clean(tmp_path: Path, make, level: str) -> None:
     cache = make(tmp_path / "c.zarr")

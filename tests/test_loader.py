@@ -118,7 +118,8 @@ def test_a_bright_spot_is_where_the_features_say(tmp_path):
     codec = samples.cache.codec
     agree = {False: [], True: []}
     for batch in take(loader(samples, batch_size=8).batches(), 8):
-        maps = crop_embeddings(batch.codes.float() * torch.from_numpy(codec.step)[:, None, None], batch.boxes, batch.flips, 14)
+        maps = torch.from_numpy(codec.decode(batch.codes.numpy())) - torch.from_numpy(codec.mean)[:, None, None]
+        maps = crop_embeddings(maps, batch.boxes, batch.flips, 14)
         background = maps.flatten(2).median(2).values[..., None, None]
         energy = (maps - background).square().sum(1).flatten(1)
         bright = torch.nn.functional.avg_pool2d(batch.pixels.float().mean(1), 16).flatten(1)

@@ -24,9 +24,9 @@ from sami_cache.errors import DamageError, DiskFullError, SamiCacheError
 from sami_cache.store import cache as cache_module
 from sami_cache.store import writing
 from sami_cache.store.cache import Cache
-from sami_cache.store.codecs import fit_codec
 from sami_cache.store.creation import create_cache
 from sami_cache.store.files import publish, write_durably
+from sami_cache.store.fitting import fit_codec
 from sami_cache.store.images import pack_images
 from sami_cache.store.integrity import verify_cache
 from sami_cache.store.repair import quarantine_shard

@@ -121,17 +121,21 @@ def valid_region(embeddings: Tensor, valid: Tensor, size: int) -> Tensor:
     return _separable(embeddings, rows, columns)
 
 
-def crop_embeddings(embeddings: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
+def crop_embeddings(embeddings: Tensor, boxes: Tensor, flips: Tensor, size: int, *, synthesis: Tensor | None = None) -> Tensor:
     """Cut views from whole-image maps: [B, C, h, w] -> [B, C, size, size].
 
     Args:
         boxes: [B, 4], (x0, y0, x1, y1) in [0, 1].
         flips: [B] bool.
+        synthesis: [h, h] of square maps that come transformed, the maps being synthesis @ embeddings @ synthesis^T. It is
+            folded into the resampling, which is linear too, and costs nothing.
     """
     x0, y0, x1, y1 = boxes.unbind(1)
     height, width = embeddings.shape[2:]
     rows = resample_weights(y0 * height, y1 * height, height, size)
     columns = resample_weights(x0 * width, x1 * width, width, size)
+    if synthesis is not None:
+        rows, columns = rows @ synthesis, columns @ synthesis
     return _separable(embeddings, rows, torch.where(flips[:, None, None], columns.flip(1), columns))
 
 

@@ -29,6 +29,7 @@ from sami_cache.store.files import (
 from sami_cache.store.head import (
     ESSENCE,
     STATIC_FILES,
+    array_dtype,
     array_file,
     codec_shapes,
     identity_difference,
@@ -53,7 +54,7 @@ def choose_layout(codec: Codec, grid: int, samples: int, shard_samples: int | No
     """
     if shard_samples is not None and (shard_samples < 1 or shard_samples & (shard_samples - 1)):
         raise SamiCacheError(f"--shard-samples {shard_samples}: must be a power of two, such as 64 or 512.")
-    shape = (codec.kept, grid, grid)
+    shape = codec.sample_shape(grid)
     size = int(np.prod(shape)) * np.dtype(codec.dtype).itemsize
     chunk = min(_power_of_two(TARGET_CHUNK_BYTES / size), 64)
     chosen = shard_samples or min(_power_of_two(TARGET_SHARD_BYTES / size), max(16, _power_of_two(samples / 8)), 4096)
@@ -83,8 +84,11 @@ class Cache:
             self.identity: dict[str, Any] = self.attributes["identity"]
             self.cache_id: str = self.attributes["cache_id"]
             self.grid: int = self.identity["grid"]
+            numbers = [codec[name] for name in ("kept", "channels", "directions", "block")]
+            if not all(isinstance(number, int) and number > 0 for number in numbers) or self.grid % codec["block"]:
+                raise ValueError(f"codec of sizes {numbers} in a grid of {self.grid}")
             self.layout = ShardLayout(
-                sample_shape=(codec["kept"], self.grid, self.grid),
+                sample_shape=(codec["kept"], self.grid // codec["block"], self.grid // codec["block"]),
                 dtype=codec["dtype"],
                 shard_samples=layout["shard_samples"],
                 chunk_samples=layout["chunk_samples"],
@@ -93,8 +97,8 @@ class Cache:
             self.views: int = self.identity["view"].get("views", 0)
             """Views per image: 0 for a dense cache."""
             self.files = {name: FileEntry(**entry) for name, entry in self.attributes["files"].items()}
-            if not isinstance(codec["channels"], int) or not isinstance(codec["error"], float | int | None):
-                raise TypeError(f"codec {codec['channels']!r}, {codec['error']!r}")
+            if not isinstance(codec["error"], float | int | None):
+                raise TypeError(f"error {codec['error']!r}")
             possible = 0 < self.samples <= MAX_SHARDS * self.layout.shard_samples and self.samples % max(1, self.views) == 0
             if not possible or self.files.keys() != STATIC_FILES:
                 raise ValueError(f"{self.samples} samples, {self.views} views, files {sorted(self.files)}")
@@ -129,22 +133,23 @@ class Cache:
 
     def metadata_files(self) -> dict[str, bytes]:
         """The zarr.json of every array, by path relative to the cache: they follow from the head."""
-        codec = self.attributes["codec"]
-        return metadata_files(self.layout, self.samples, codec["kept"], codec["channels"])
+        return metadata_files(self.layout, self.samples, self.attributes["codec"])
 
     @cached_property
     def codec(self) -> Codec:
         """The fitted codec. Raises DamageError if its arrays are not the ones the cache was made with."""
         codec = self.attributes["codec"]
-        shapes = codec_shapes(codec["kept"], codec["channels"])
         arrays = {}
-        for name, shape in shapes.items():
+        for name, shape in codec_shapes(codec).items():
             data = self.read_static(array_file(name))[:-4]
             with as_damage(self.path / name, "is not the array that the head names"):
                 if digest(data) != codec["arrays"][name]:
                     raise ValueError(digest(data))
-                arrays[name] = np.frombuffer(data, "<f4").reshape(shape).astype(np.float32)
+                dtype = np.dtype(array_dtype(name))
+                arrays[name] = np.frombuffer(data, dtype.newbyteorder("<")).reshape(shape).astype(dtype)
         with as_damage(self.path / "zarr.json", "codec"):
+            if arrays["index"].min() < 0 or arrays["index"].max() >= codec["directions"] * codec["block"] ** 2:
+                raise ValueError("index out of range")
             return Codec(
                 name=codec["name"],
                 error=codec["error"],
@@ -202,7 +207,7 @@ class Cache:
         return ShardFile(self.path / name, self.layout, record.files[name].size, record.chunk_crc32c)
 
     def read_codes(self, shard: int) -> np.ndarray:
-        """All codes of a shard [n, kept, grid, grid], every byte checked. Raises DamageError."""
+        """All codes of a shard [n, kept, grid / block, grid / block], every byte checked. Raises DamageError."""
         with self.open_codes(shard) as file:
             return file.read(len(self.shard_samples(shard)))
 

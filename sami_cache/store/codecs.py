@@ -1,12 +1,16 @@
 """From float embeddings to the numbers that are stored, and back.
 
-Every codec decodes by one formula, embedding = mean + basis^T (step * codes), so that a reader needs none of this module:
+Every codec decodes by one formula, embedding = mean + basis^T (W (step * codes)), W the inverse of a block DCT, so that a
+reader needs none of this module (docs/format.md has the lines, docs/codec.md the method and what was measured):
 
-- `pca` (default): the embeddings' channels are correlated, so they are rotated onto the eigenvectors of their covariance
-  (PCA, the Karhunen-Loeve transform) and quantised with one uniform step; channels whose variance lies below the noise of
-  the step are not stored (reverse water-filling, Cover & Thomas, Elements of Information Theory, section 10.3). The step is
-  found by bisection for the relative squared error that was asked for. The rotation is orthonormal: squared error between
-  codes, times step^2, is squared error between embeddings.
+- `pca` (default): transform coding. The embeddings' channels are correlated, so they are rotated onto the eigenvectors of
+  their covariance (PCA, the Karhunen-Loeve transform). Neighbouring cells are correlated, so each rotated channel is cut into
+  blocks and each block transformed by the discrete cosine transform (DCT-II, orthonormal). The coefficients are quantised
+  with one uniform step; those whose variance lies below the noise of the step are not stored (reverse water-filling, Cover &
+  Thomas, Elements of Information Theory, section 10.3), the others in the order of falling variance, so that an entropy
+  coder that adapts to what it just saw meets coefficients of one kind at a time. The step is found by bisection for the
+  relative squared error that was asked for. Rotation and DCT are orthonormal: squared error between codes, times step^2, is
+  squared error between embeddings.
 - `int8`: each channel by itself, its largest magnitude in the sample mapped to 127.
 - `float16`: less its mean, otherwise as it is.
 """
@@ -20,20 +24,29 @@ import numpy as np
 from sami_cache.errors import SamiCacheError
 
 CODECS = ("pca", "int8", "float16")
-_LIMITS = {"int8": 127, "int16": 32767}
+DIGIT = 255
+"""A coefficient too wide for int8 is stored as two or three rows: its digits in base 255, each from -127 to 127."""
+# Rounding up only from here makes more zeros, which cost least: the step must be smaller for the same error, and at 1 % on
+# photographs 1.2 % of the bytes are saved all the same (docs/codec.md).
+ROUND_UP_FROM = 0.55
 
 
 @dataclass(frozen=True)
 class Codec:
-    """A fitted codec. `basis`, `mean` and `step` are stored as arrays of the cache, the rest in its attributes."""
+    """A fitted codec. `basis`, `dct`, `index`, `mean` and `step` are stored as arrays of the cache, the rest in its head."""
 
     name: str
     error: float | None
     """The relative squared error that was asked for (`pca`), else None."""
     dtype: str
-    """Of the codes: int8, int16 (when 8 bits cannot hold the range at this error) or float16."""
+    """Of the codes: int8 or float16."""
     basis: np.ndarray
-    """float32 [kept, C], orthonormal rows."""
+    """float32 [directions, C], orthonormal rows."""
+    dct: np.ndarray
+    """float32 [block, block], orthonormal rows, one a frequency; [[1]] for codecs that leave space alone."""
+    index: np.ndarray
+    """int32 [kept]: the coefficient that a row of codes is of, in [directions, block, block] (direction, vertical and
+    horizontal frequency) in C order. A coefficient has no row, one, or several, which are added up."""
     mean: np.ndarray
     """float32 [C]."""
     step: np.ndarray
@@ -49,36 +62,88 @@ class Codec:
         return self.basis.shape[1]
 
     @property
-    def kept(self) -> int:
+    def directions(self) -> int:
         return self.basis.shape[0]
+
+    @property
+    def block(self) -> int:
+        """Cells along each side of a block."""
+        return self.dct.shape[0]
+
+    @property
+    def kept(self) -> int:
+        """Rows of codes."""
+        return len(self.index)
+
+    @cached_property
+    def _digits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The rows sorted by coefficient and step; where each stored coefficient's begin; how many it has."""
+        order = np.lexsort((self.step, self.index))
+        first = np.flatnonzero(np.diff(self.index[order], prepend=-1))
+        return order, first, np.diff(first, append=self.kept)
+
+    @cached_property
+    def rows(self) -> list[np.ndarray]:
+        """The rows of codes by digit, in the order of `index`: every stored coefficient's finest, then the next of those ..."""
+        order, first, digits = self._digits
+        return [order[first[digits > digit] + digit] for digit in range(digits.max(initial=0))]
 
     @cached_property
     def _rotated_mean(self) -> np.ndarray:
         return self.basis @ self.mean
 
+    def sample_shape(self, grid: int) -> tuple[int, int, int]:
+        """Of one embedding's codes: (kept, grid / block, grid / block)."""
+        return self.kept, grid // self.block, grid // self.block
+
     def encode(self, embeddings: np.ndarray) -> np.ndarray:
-        """float32 [n, C, h, w] -> codes [n, kept, h, w]. Values out of the code's range are clipped (float16: refused)."""
+        """float32 [n, C, h, w] -> codes [n, kept, h / block, w / block]. Values out of range are clipped (float16: refused)."""
         n, _, height, width = embeddings.shape
-        codes = np.empty((n, self.kept, height, width), self.dtype)
-        for part in _parts(embeddings):
+        codes = np.empty((n, self.kept, height // self.block, width // self.block), self.dtype)
+        for part in parts(embeddings):
             flat = embeddings[part].reshape(-1, self.channels, height * width)
-            flat = (self.basis @ flat - self._rotated_mean[:, None]) / self.step[:, None]
-            if self.dtype in _LIMITS:
-                limit = _LIMITS[self.dtype]
-                flat = np.clip(np.rint(flat, out=flat), -limit, limit, out=flat)
-            elif np.abs(flat).max(initial=0) > np.finfo(np.float16).max:
+            rotated = (self.basis @ flat - self._rotated_mean[:, None]).reshape(-1, self.directions, height, width)
+            rows = codes[part].reshape(-1, self.kept, codes[0, 0].size)
+            if self.dtype == "int8":
+                self._quantise(block_dct(rotated, self.dct), rows)
+            elif np.abs(rotated).max(initial=0) > np.finfo(np.float16).max:
                 raise SamiCacheError(
-                    f"an embedding lies {np.abs(flat).max():.4g} from the mean, float16 ends at 65504: choose --codec pca or "
-                    "int8."
+                    f"an embedding lies {np.abs(rotated).max():.4g} from the mean, float16 ends at 65504: choose --codec pca "
+                    "or int8."
                 )
-            codes[part] = flat.reshape(-1, self.kept, height, width)
+            else:
+                rows[:] = block_dct(rotated, self.dct)[:, self.index]
         return codes
 
+    def _quantise(self, values: np.ndarray, codes: np.ndarray) -> None:
+        """All coefficients [n, directions * block * block, blocks] -> int8 [n, kept, blocks], written in place."""
+        digits = self._digits[2]
+        finest = self.rows[0]
+        whole = values[:, self.index[finest]] / self.step[finest][:, None]
+        up = np.float32(1 - (ROUND_UP_FROM if self.name == "pca" else 0.5))
+        whole = np.copysign(np.floor(np.abs(whole) + up), whole)
+        limit = ((DIGIT**digits - 1) // 2).astype(np.float32)[:, None]
+        whole = np.clip(whole, -limit, limit, out=whole)
+        for digit, rows in enumerate(self.rows):
+            whole = whole[:, digits > digit]
+            digits = digits[digits > digit]
+            higher = np.rint(whole / DIGIT)
+            codes[:, rows] = whole - DIGIT * higher
+            whole = higher
+
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """codes [n, kept, h, w] -> float32 [n, C, h, w]: mean + basis^T (step * codes)."""
-        n, kept, height, width = codes.shape
-        scaled = codes.reshape(n, kept, height * width).astype(np.float32) * self.step[:, None]
-        return (self.basis.T @ scaled + self.mean[:, None]).reshape(n, self.channels, height, width)
+        """codes [n, kept, h / block, w / block] -> float32 [n, C, h, w]."""
+        n, _, height, width = codes.shape
+        out = np.empty((n, self.channels, height * self.block, width * self.block), np.float32)
+        for part in parts(out):
+            rows = codes[part].reshape(-1, self.kept, height * width)
+            values = np.zeros((len(rows), self.directions * self.block**2, height * width), np.float32)
+            for chosen in self.rows:
+                values[:, self.index[chosen]] += rows[:, chosen] * self.step[chosen][:, None]
+            rotated = inverse_block_dct(values, self.dct, (height, width))
+            flat = self.basis.T @ rotated.reshape(len(rows), self.directions, -1) + self.mean[:, None]
+            out[part] = flat.reshape(out[part].shape)
+        return out
 
     def distortion(self, embeddings: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What the codes lost, per sample: (error, energy), both float64 [n].
@@ -87,26 +152,29 @@ class Codec:
         channels and positions, relative to `variance`. A set's error is sum(error * energy) / sum(energy).
         """
         lost, energy = np.empty(len(codes)), np.empty(len(codes))
-        for part in _parts(embeddings):
+        for part in parts(embeddings):
             lost[part] = np.square(embeddings[part] - self.decode(codes[part]), dtype=np.float64).mean((1, 2, 3))
             energy[part] = np.square(embeddings[part] - self.mean[:, None, None], dtype=np.float64).mean((1, 2, 3))
         floor = np.finfo(np.float64).tiny
         return lost / np.maximum(energy, floor), energy / max(self.variance, floor)
 
     def clipped(self, codes: np.ndarray) -> np.ndarray:
-        """How many codes of each sample lie at the end of the range: int64 [n]."""
-        if self.dtype not in _LIMITS:
+        """How many coefficients of each sample lie at the end of their range: int64 [n]."""
+        if self.dtype != "int8":
             return np.zeros(len(codes), np.int64)
-        limit = _LIMITS[self.dtype]
-        return ((codes == limit) | (codes == -limit)).sum((1, 2, 3), dtype=np.int64)
+        order, first, digits = self._digits
+        coarsest = codes if len(self.rows) == 1 else codes[:, order[first + digits - 1]]
+        return ((coarsest == 127) | (coarsest == -127)).sum((1, 2, 3), dtype=np.int64)
 
     def parameters(self) -> dict[str, Any]:
-        """What the cache's attributes keep beside the arrays."""
+        """What the cache's head keeps beside the arrays."""
         return {
             "name": self.name,
             "error": self.error,
             "dtype": self.dtype,
             "channels": self.channels,
+            "directions": self.directions,
+            "block": self.block,
             "kept": self.kept,
             "variance": self.variance,
             "spectrum": list(self.spectrum),
@@ -114,94 +182,31 @@ class Codec:
         }
 
 
-def _parts(embeddings: np.ndarray) -> list[slice]:
+def parts(embeddings: np.ndarray) -> list[slice]:
     """Samples by a megabyte: what is computed on the way stays in the processor's cache, a shard's would be mapped anew."""
     size = max(1, (1 << 20) // max(1, embeddings[:1].nbytes))
     return [slice(start, start + size) for start in range(0, len(embeddings), size)]
 
 
-def fit_codec(name: str, embeddings: np.ndarray, *, error: float = 0.01) -> Codec:
-    """Fit a codec on a sample of embeddings.
-
-    Args:
-        name: one of CODECS.
-        embeddings: float32 [n, C, h, w], finite, a sample drawn at random. For `pca` every fourth one chooses the step and
-            the kept channels, the others the rotation, so that the step is not fooled by a rotation fitted to itself.
-        error: relative squared error to aim at (`pca`): sum of squared differences / sum of (embedding - mean)^2.
-
-    Raises SamiCacheError for an unknown name, an error outside (0, 1), or embeddings that carry nothing.
-    """
-    if name not in CODECS:
-        raise SamiCacheError(f"codec {name!r} is unknown; choose one of {', '.join(CODECS)}.")
-    if not 0 < error < 1:
-        raise SamiCacheError(f"--error {error:g}: the relative squared error lies between 0 and 1, such as 0.01.")
-    rows = np.moveaxis(embeddings, 1, -1).reshape(-1, embeddings.shape[1])
-    mean, covariance = _moments(rows)
-    variance = float(np.trace(covariance)) / len(mean)
-    if not variance > 0:
-        raise SamiCacheError("the teacher's embeddings are the same everywhere: there is nothing to store. Check its weights.")
-    identity = np.eye(len(mean), dtype=np.float32)
-    common = {"variance": variance, "fit_samples": len(embeddings)}
-    if name == "float16":
-        return Codec(name, None, "float16", identity, mean, np.ones_like(mean), **common)
-    if name == "int8":
-        step = np.abs(rows - mean).max(0) / _LIMITS["int8"]
-        return Codec(name, None, "int8", identity, mean, np.where(step > 0, step, 1).astype(np.float32), **common)
-    return _fit_pca(embeddings, mean, covariance, error, common)
+def dct_matrix(size: int) -> np.ndarray:
+    """The orthonormal DCT-II: float32 [size, size], a row a frequency (Ahmed, Natarajan & Rao, 1974)."""
+    frequency, cell = np.mgrid[:size, :size]
+    matrix = np.cos(np.pi * frequency * (2 * cell + 1) / (2 * size)) * np.sqrt(2 / size)
+    matrix[0] /= np.sqrt(2)
+    return matrix.astype(np.float32)
 
 
-def _moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean float32 [C] and covariance float64 [C, C] of float32 [n, C], in blocks so that memory stays small."""
-    mean = rows.mean(0, dtype=np.float64).astype(np.float32)
-    covariance = np.zeros((len(mean), len(mean)))
-    for start in range(0, len(rows), 65536):
-        centred = (rows[start : start + 65536] - mean).astype(np.float64)
-        covariance += centred.T @ centred
-    return mean, covariance / len(rows)
+def block_dct(values: np.ndarray, dct: np.ndarray) -> np.ndarray:
+    """float32 [n, D, h, w] -> [n, D * b * b, blocks]: coefficients by direction and frequency, blocks in C order."""
+    n, directions, height, width = values.shape
+    b = len(dct)
+    blocks = values.reshape(n, directions, height // b, b, width // b, b).transpose(0, 1, 3, 5, 2, 4)
+    return (np.kron(dct, dct) @ blocks.reshape(n, directions, b * b, -1)).reshape(n, directions * b * b, -1)
 
 
-def _fit_pca(embeddings: np.ndarray, mean: np.ndarray, covariance: np.ndarray, error: float, common: dict[str, Any]) -> Codec:
-    held_out = np.arange(len(embeddings)) % 4 == 3
-    if held_out.sum() >= 2:
-        rows = np.moveaxis(embeddings[~held_out], 1, -1).reshape(-1, len(mean))
-        mean, covariance = _moments(rows)
-        judge = embeddings[held_out]
-    else:
-        judge = embeddings
-    eigenvalues, vectors = np.linalg.eigh(covariance)
-    basis = vectors.T[::-1]
-    # An eigenvector's sign is arbitrary: fix it, so that the same sample always gives the same basis.
-    signs = np.sign(basis[np.arange(len(basis)), np.abs(basis).argmax(1)])
-    basis = (basis * signs[:, None]).astype(np.float32)
-    z = basis @ (np.moveaxis(judge, 1, 0).reshape(len(mean), -1) - mean[:, None])
-    if z.shape[1] > 2**16:  # positions enough to place the step to a fraction of a percent
-        z = z[:, np.random.default_rng(0).choice(z.shape[1], 2**16, replace=False)]
-    power = np.square(z, dtype=np.float64).mean(1)
-    # What is lost hardly differs between images, the variance does: it is taken over all of them.
-    total = common["variance"] * len(mean)
-
-    def distortion(step: float, limit: float = np.inf) -> tuple[float, np.ndarray]:
-        kept = power > step * step / 12
-        codes = np.clip(np.rint(z[kept] / np.float32(step)), -limit, limit)
-        lost = np.square(z[kept] - codes * np.float32(step), dtype=np.float64).mean(1).sum()
-        return float((lost + power[~kept].sum()) / total), kept
-
-    low, high = 0.0, float(np.sqrt(12 * power.max()))
-    for _ in range(40):
-        step = (low + high) / 2
-        low, high = (step, high) if distortion(step)[0] < error else (low, step)
-    step = low or high
-    kept = distortion(step)[1]
-    for dtype, limit in _LIMITS.items():
-        if distortion(step, limit)[0] <= 1.02 * error:
-            return Codec(
-                "pca",
-                error,
-                dtype,
-                np.ascontiguousarray(basis[kept]),
-                mean,
-                np.full(int(kept.sum()), step, np.float32),
-                spectrum=tuple(float(f"{max(value, 0.0):.6g}") for value in eigenvalues[::-1]),
-                **common,
-            )
-    raise SamiCacheError(f"--error {error:g} cannot be reached with 16-bit codes: ask for a larger error, or --codec float16.")
+def inverse_block_dct(values: np.ndarray, dct: np.ndarray, blocks: tuple[int, int]) -> np.ndarray:
+    """What `block_dct` turned into `values`, `blocks` down and across: float32 [n, D, h, w]."""
+    n, b = len(values), len(dct)
+    cells = np.kron(dct, dct).T @ values.reshape(n, -1, b * b, values.shape[2])
+    cells = cells.reshape(n, -1, b, b, *blocks).transpose(0, 1, 4, 2, 5, 3)
+    return cells.reshape(n, cells.shape[1], blocks[0] * b, blocks[1] * b)

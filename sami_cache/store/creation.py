@@ -19,7 +19,7 @@ from sami_cache.store.cache import Cache, listing_digest
 from sami_cache.store.codecs import Codec
 from sami_cache.store.commits import FileEntry
 from sami_cache.store.files import canonical_json, digest, disk_full_as_error, fsync_directory, seal, write_durably
-from sami_cache.store.head import CODEC_ARRAYS, FORMAT, HEAD, array_file, group_metadata, metadata_files
+from sami_cache.store.head import CODEC_ARRAYS, FORMAT, HEAD, array_dtype, array_file, group_metadata, metadata_files
 from sami_cache.store.shards import ShardLayout, crc32c
 from sami_cache.store.spare import SPARE, pack_spare
 
@@ -45,8 +45,10 @@ def create_cache(
     Raises IdentityError if a cache of another identity is there, SamiCacheError if something else is.
     """
     samples = len(keys) * identity["view"].get("views", 1)
-    files = metadata_files(layout, samples, codec.kept, codec.channels)
-    arrays = {name: np.ascontiguousarray(getattr(codec, name), "<f4").tobytes() for name in CODEC_ARRAYS}
+    files = metadata_files(layout, samples, codec.parameters())
+    arrays = {
+        name: getattr(codec, name).astype(np.dtype(array_dtype(name)).newbyteorder("<")).tobytes() for name in CODEC_ARRAYS
+    }
     files |= {array_file(name): data + crc32c(data).to_bytes(4, "little") for name, data in arrays.items()}
     sink = BytesIO()
     pq.write_table(

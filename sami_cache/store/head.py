@@ -11,10 +11,16 @@ from sami_cache.store.shards import ShardLayout, array_metadata
 
 FORMAT = 1
 HEAD = "zarr.json"
-CODEC_ARRAYS = {"basis": ("kept", "channel"), "mean": ("channel",), "step": ("kept",)}
+CODEC_ARRAYS = {
+    "basis": ("direction", "channel"),
+    "dct": ("frequency", "cell"),
+    "index": ("kept",),
+    "mean": ("channel",),
+    "step": ("kept",),
+}
 # What a cache is: these fields make its cache_id.
 ESSENCE = ("format", "identity", "codec", "layout", "samples", "listing")
-_FLOAT32_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+_PLAIN_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
 
 def read_attributes(path: Path) -> dict[str, Any]:
@@ -57,9 +63,15 @@ def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "group", "attributes": {"sami_cache": attributes}}
 
 
-def codec_shapes(kept: int, channels: int) -> dict[str, tuple[int, ...]]:
-    sizes = {"kept": kept, "channel": channels}
+def codec_shapes(codec: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Of the codec's arrays, from what the head says of it."""
+    sizes = {"kept": codec["kept"], "channel": codec["channels"], "direction": codec["directions"]}
+    sizes |= {"frequency": codec["block"], "cell": codec["block"]}
     return {name: tuple(sizes[axis] for axis in axes) for name, axes in CODEC_ARRAYS.items()}
+
+
+def array_dtype(name: str) -> str:
+    return "int32" if name == "index" else "float32"
 
 
 def array_file(name: str) -> str:
@@ -75,10 +87,11 @@ STATIC_FILES = frozenset(
 """What is written at creation, beside the head itself and the copies."""
 
 
-def metadata_files(layout: ShardLayout, samples: int, kept: int, channels: int) -> dict[str, bytes]:
+def metadata_files(layout: ShardLayout, samples: int, codec: dict[str, Any]) -> dict[str, bytes]:
+    """The zarr.json of every array, by path; `codec` as in the head."""
     files = {"codes/zarr.json": canonical_json(layout.metadata(samples))}
-    for name, shape in codec_shapes(kept, channels).items():
-        metadata = array_metadata(shape, "float32", shape, _FLOAT32_CODECS, CODEC_ARRAYS[name])
+    for name, shape in codec_shapes(codec).items():
+        metadata = array_metadata(shape, array_dtype(name), shape, _PLAIN_CODECS, CODEC_ARRAYS[name])
         files[f"{name}/zarr.json"] = canonical_json(metadata)
     return files
 

@@ -60,19 +60,36 @@ class CacheTargets(nn.Module):
 
     def __init__(self, codec: Codec) -> None:
         super().__init__()
-        self.channels = codec.kept
+        self.channels = codec.directions
         self.scale = float(np.sqrt(codec.variance))
-        for name in ("basis", "mean", "step"):
+        for name in ("basis", "mean", "dct", "step"):
             self.register_buffer(name, torch.from_numpy(getattr(codec, name).copy()))
+        self._rows = len(codec.rows)
+        for digit, rows in enumerate(codec.rows):
+            self.register_buffer(f"rows_{digit}", torch.from_numpy(rows))
+            self.register_buffer(f"index_{digit}", torch.from_numpy(codec.index[rows].astype(np.int64)))
 
     def forward(self, batch: Batch, pixels: Tensor, grid: int) -> Tensor:
         if batch.codes is None:
             raise SamiCacheError("these samples come without a teacher's features: give a cache, or --teacher-online.")
         device = pixels.device
-        codes = batch.codes.to(device, non_blocking=True).float()
         boxes, flips = batch.boxes.to(device, non_blocking=True), batch.flips.to(device, non_blocking=True)
-        cut = crop_embeddings(codes, boxes, flips, grid)
-        return cut.flatten(2).transpose(1, 2) * (self.get_buffer("step") / self.scale)
+        coefficients = self._coefficients(batch.codes.to(device, non_blocking=True))
+        blocks = torch.eye(batch.codes.shape[-1], device=device)
+        synthesis = torch.kron(blocks, self.get_buffer("dct").T.contiguous())
+        return crop_embeddings(coefficients, boxes, flips, grid, synthesis=synthesis).flatten(2).transpose(1, 2)
+
+    def _coefficients(self, codes: Tensor) -> Tensor:
+        """Codes [B, kept, m, m] as coefficients, divided by `scale`, each block in its place: [B, directions, grid, grid]."""
+        block = len(self.get_buffer("dct"))
+        values = codes.new_zeros(len(codes), self.channels * block * block, *codes.shape[2:], dtype=torch.float32)
+        step = self.get_buffer("step") / self.scale
+        for digit in range(self._rows):
+            rows = self.get_buffer(f"rows_{digit}")
+            # Each digit's coefficients are distinct, so that this gives the same bits on every device.
+            values[:, self.get_buffer(f"index_{digit}")] += codes[:, rows].float() * step[rows, None, None]
+        values = values.unflatten(1, (self.channels, block, block)).permute(0, 1, 4, 2, 5, 3)
+        return values.reshape(len(codes), self.channels, block * codes.shape[2], block * codes.shape[3])
 
     def features(self, values: Tensor) -> Tensor:
         return (values * self.scale) @ self.get_buffer("basis") + self.get_buffer("mean")

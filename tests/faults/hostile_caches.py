@@ -96,13 +96,12 @@ def forge_head(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     edit(attributes)
     try:
         codec, layout, grid = attributes["codec"], attributes["layout"], attributes["identity"]["grid"]
-        shape = (codec["kept"], grid, grid)
+        shape = (codec["kept"], grid // codec["block"], grid // codec["block"])
         numbers = {name: layout[name] for name in ("shard_samples", "chunk_samples")}
         files = metadata_files(
             ShardLayout(sample_shape=shape, dtype=codec["dtype"], **numbers),
             attributes["samples"],
-            codec["kept"],
-            codec["channels"],
+            codec,
         )
         for name, data in files.items():
             (path / name).write_bytes(data)
@@ -149,7 +148,7 @@ def _forge_numbers(rng: random.Random, path: Path) -> None:
         lambda attributes: attributes.update(samples=samples),
         lambda attributes: attributes.update(layout=cut),
         lambda attributes: attributes["identity"].update(grid=grid),
-        lambda attributes: attributes["codec"].update(kept=grid),
+        lambda attributes: attributes["codec"].update({rng.choice(("kept", "directions", "block")): grid}),
     ]
     forge_head(path, rng.choice(edits))
 

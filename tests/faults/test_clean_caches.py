@@ -24,9 +24,9 @@ from conftest import make_identity, make_samples, teacher_like
 from pipelines.verify import VerifyConfig, verify
 from sami_cache.loader import CacheSamples
 from sami_cache.store.cache import Cache, choose_layout
-from sami_cache.store.codecs import fit_codec
 from sami_cache.store.commits import Sample
 from sami_cache.store.creation import create_cache
+from sami_cache.store.fitting import fit_codec
 from sami_cache.store.integrity import LEVELS, verify_cache
 from sami_cache.store.repair import quarantine_shard
 from sami_cache.store.writing import seal_cache, write_shard
