@@ -47,8 +47,9 @@ from sami_cache.loader import Batch, CacheSamples, LoadedShard, Loader, LoaderCo
 from sami_cache.models.students import SAMI, create_encoder
 from sami_cache.processes import keep_freed_memory
 from sami_cache.store.cache import Cache, choose_layout
-from sami_cache.store.codecs import Codec, fit_codec
+from sami_cache.store.codecs import Codec
 from sami_cache.store.files import digest
+from sami_cache.store.fitting import fit_codec
 from sami_cache.store.shards import pack_shard
 from sami_cache.tasks.sami import CacheTargets, SAMIConfig, SAMITask
 from sami_cache.training import TrainConfig, Trainer
