@@ -373,7 +373,7 @@ def measure_codecs(work: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, place in (("cifar", "cifar/16"), ("photos", "photos/32")):
         samples = FeatureSamples(work / place)
-        maps = np.asarray(samples.maps[:SHARD])
+        maps = np.array(samples.maps[:SHARD])
         centre = moments(maps)[0][:, None, None]
         energy = np.square(maps - centre, dtype=np.float64).mean()
         small = crop_embeddings(torch.from_numpy(maps), *whole(SHARD), GRID).numpy()
