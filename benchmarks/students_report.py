@@ -92,7 +92,7 @@ def table(arms: dict[str, Runs], base: str, names: dict[str, str], first: dict[s
         runs = arms[arm]
         cells = [name, *(first or {}).get(arm, [""] * len(extra)), shown(runs, loss, 4)]
         other = arm not in (base, "untrained")
-        cells += [difference(runs, arms[base], loss, 4) if other else ""]
+        cells += [difference(runs, arms[base], loss, 5) if other else ""]
         cells += [f"{paired(runs, arms[base], loss)[0] / noise:+.2f}" if other else ""]
         cells += [shown(runs, cosine, 3)]
         for value in (knn, linear):
