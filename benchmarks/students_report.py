@@ -64,14 +64,16 @@ def cosine(run: dict[str, Any]) -> float:
 
 def shown(runs: Runs, value: Callable[[dict[str, Any]], float], digits: int) -> str:
     mean, deviation = spread([value(run) for run in runs.values()])
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}" if len(runs) > 1 else f"{mean:.{digits}f}"
 
 
 def difference(arm: Runs, base: Runs, value: Callable[[dict[str, Any]], float], digits: int) -> str:
-    """Bold where zero lies outside its 95 % interval."""
+    """Bold where zero lies outside its 95 % interval, from three seeds on."""
     mean, error, count = paired(arm, base, value)
+    if count < 2:
+        return f"{mean:+.{digits}f}"
     text = f"{mean:+.{digits}f} ± {error:.{digits}f}"
-    return f"**{text}**" if count > 1 and abs(mean) > STUDENT_T[count - 1] * error else text
+    return f"**{text}**" if count > 2 and abs(mean) > STUDENT_T[count - 1] * error else text
 
 
 def table(arms: dict[str, Runs], base: str, names: dict[str, str], first: dict[str, list[str]] | None = None) -> None:
@@ -79,7 +81,9 @@ def table(arms: dict[str, Runs], base: str, names: dict[str, str], first: dict[s
     extra = (first or {}).get("", [])
     print(
         "| "
-        + " | ".join([names[""], *extra, "held-out loss", "less " + names[base], "in seed sd", "cosine", "k-NN %", "less "])
+        + " | ".join(
+            [names[""], *extra, "seeds", "held-out loss", "less " + names[base], "in seed sd", "cosine", "k-NN %", "less "]
+        )
         + names[base]
         + " | linear % | less "
         + names[base]
@@ -90,15 +94,15 @@ def table(arms: dict[str, Runs], base: str, names: dict[str, str], first: dict[s
         if arm not in arms:
             continue
         runs = arms[arm]
-        cells = [name, *(first or {}).get(arm, [""] * len(extra)), shown(runs, loss, 4)]
+        cells = [name, *(first or {}).get(arm, [""] * len(extra)), str(len(runs)), shown(runs, loss, 4)]
         other = arm not in (base, "untrained")
         cells += [difference(runs, arms[base], loss, 5) if other else ""]
-        cells += [f"{paired(runs, arms[base], loss)[0] / noise:+.2f}" if other else ""]
+        cells += [f"{paired(runs, arms[base], loss)[0] / noise:+.2f}" if other and len(arms[base]) > 1 else ""]
         cells += [shown(runs, cosine, 3)]
         for value in (knn, linear):
             cells += [shown(runs, value, 1), difference(runs, arms[base], value, 2) if other else ""]
         print("| " + " | ".join(cells) + " |")
-    print(f"\n{min(map(len, arms.values()))} to {max(map(len, arms.values()))} seeds an arm.\n")
+    print()
 
 
 def report_errors(results: dict[str, Any]) -> None:
@@ -147,11 +151,7 @@ def report_crops(results: dict[str, Any], kind: str, title: str, distances: dict
                 g: spread([r["own"]["heldout_loss"] / r["own"]["heldout_loss_of_mean"] for r in arms[g].values()])
                 for g in grids
             }
-            print(
-                "Against targets of its own kind: "
-                + ", ".join(f"dense {g} {m:.4f} ± {d:.4f}" for g, (m, d) in own.items())
-                + ".\n"
-            )
+            print("Against targets of its own kind: " + ", ".join(f"dense {g} {m:.4f}" for g, (m, _) in own.items()) + ".\n")
         errors = sorted((arm for arm in arms if "." in arm), key=float)
         if errors:
             print("Replay at the student's own grid, compressed (nothing averages the error away):\n")
