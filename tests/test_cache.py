@@ -4,9 +4,10 @@ import errno
 import json
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import (
@@ -21,12 +22,12 @@ from conftest import (
 from sami_cache.errors import DamageError, DiskFullError, IdentityError, SamiCacheError
 from sami_cache.store import cache as cache_module
 from sami_cache.store import creation
-from sami_cache.store.cache import Cache
+from sami_cache.store.cache import Cache, choose_layout
 from sami_cache.store.commits import FileEntry
 from sami_cache.store.creation import create_cache
 from sami_cache.store.files import write_durably
 from sami_cache.store.fitting import fit_codec
-from sami_cache.store.head import identity_difference
+from sami_cache.store.head import CODEC_ARRAYS, identity_difference
 from sami_cache.store.integrity import verify_cache
 
 # ---- creating
@@ -201,6 +202,35 @@ def test_another_format_is_refused_and_what_to_do_is_said(tmp_path: Path, number
     reseal_head(cache.path, format=number)
     with pytest.raises(SamiCacheError, match=rf"format {number}, this program reads format 2\. {mend}"):
         Cache(cache.path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": np.float32(-1)},
+        {"step": np.float32("nan")},
+        {"basis": np.float32("inf")},
+        {"mean": np.float32("nan")},
+        {"index": np.int32(24 * 64)},
+        {"index": np.int32(-1)},
+        {"variance": float(0)},
+        {"name": "zip"},
+    ],
+    ids=str,
+)
+def test_a_codec_that_decodes_nonsense_is_damage_whoever_vouches_for_it(tmp_path: Path, change: dict) -> None:
+    """Created like any other, so that every digest is right."""
+    codec = fit_codec("pca", teacher_like(16))
+    ((name, value),) = change.items()
+    if name in CODEC_ARRAYS:
+        array = getattr(codec, name).copy()
+        array.flat[-1] = value
+        value = array
+    layout, keys = choose_layout(codec, 8, 16), [f"{index}.jpg" for index in range(16)]
+    head = {"identity": make_identity(), "layout": layout, "keys": keys, "labels": [None] * 16, "class_names": None}
+    cache = create_cache(tmp_path / "c.zarr", codec=replace(codec, **{name: value}), provenance={}, **head)
+    with pytest.raises(DamageError, match=r"zarr\.json: codec"):
+        _ = cache.codec
 
 
 def test_another_codec_or_listing_under_a_resealed_head_is_refused(tmp_path: Path) -> None:

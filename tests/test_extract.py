@@ -205,7 +205,7 @@ def test_codecs_reach_their_error_on_images_they_were_not_fitted_on(tmp_path, co
     assert summary.asked == (0.01 if codec == "pca" else None)
     assert (summary.fit_samples, summary.clipped) == (64, (0, 0)) if codec == "pca" else summary.fit_samples == 64
     if codec == "pca":
-        assert error == pytest.approx(0.01, rel=0.05)
+        assert error == pytest.approx(0.01, rel=0.1)
     else:
         assert error < {"int8": 2e-3, "float16": 1e-6}[codec]
 
