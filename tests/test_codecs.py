@@ -275,6 +275,17 @@ def test_a_grid_without_a_divisor_is_one_block_and_reaches_the_error(error: floa
     assert set_error(codec, teacher_like(24, grid=37, seed=1)) == pytest.approx(error, rel=0.1)
 
 
+@pytest.mark.parametrize("error", [0.01, 0.9, 0.999999])
+def test_one_image_unlike_all_others_can_be_fitted(error: float) -> None:
+    """Be it among those that choose the step or not."""
+    for odd in range(8):
+        embeddings = np.zeros((8, 24, 8, 8), np.float32)
+        embeddings[odd] = teacher_like(1)[0]
+        codec = fit_codec("pca", embeddings, error=error)
+        assert codec.kept > 0
+        assert np.isfinite(codec.decode(codec.encode(embeddings))).all()
+
+
 @pytest.mark.parametrize("name", ["pca", "int8", "float16"])
 def test_constant_embeddings_are_refused(name: str) -> None:
     with pytest.raises(SamiCacheError, match="the same everywhere: there is nothing to store"):

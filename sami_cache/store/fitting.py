@@ -147,9 +147,10 @@ def _find_step(power: np.ndarray, judged: np.ndarray, total: float, error: float
         codes = np.floor(values + np.float32(1 - ROUND_UP_FROM))
         measured = np.square(values - codes, dtype=np.float64).mean(1).sum() * step**2 + whole[~stored].sum()
         water = step**2 / 12
-        return float(measured * np.minimum(power, water).sum() / np.minimum(whole, water).sum() / total)
+        seen = np.minimum(whole, water).sum()
+        return float(measured * np.minimum(power, water).sum() / seen / total) if seen else 0.0
 
-    high = float(np.sqrt(power.max() / KEEP_FROM))
+    high = 0.999 * float(np.sqrt(power.max() / KEEP_FROM))  # the largest coefficient is always stored
     low = high * 2.0**-32
     for _ in range(26):
         step = float(np.sqrt(low * high))
