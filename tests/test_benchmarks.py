@@ -114,3 +114,32 @@ def test_wide_coefficients_become_two_rows(benchmarks: Path) -> None:
     assert rows.shape == (3, 3, 5)
     assert (255 * rows[:, 0] + rows[:, 1] == codes[:, 0]).all()
     assert (rows[:, 2] == codes[:, 1]).all()
+
+
+def test_targets_of_the_benchmark_are_those_of_the_decoder(benchmarks: Path) -> None:
+    import torch
+
+    lines = load(benchmarks, "targets").run(torch.device("cpu"), 2, 24, 1, ("vit_t",))
+    assert [line.split("|")[1].strip() for line in lines[2:5]] == ["targets", "targets without DCT", "vit_t step"]
+    assert float(lines[-1].split(" of the largest")[0].split()[-1]) < 1e-5
+
+
+def test_gpu_benchmarks_run_once_for_each_gpu(
+    benchmarks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    gpu = load(benchmarks, "gpu")
+    assert all((benchmarks / script).is_file() for _, script, _ in gpu.WANTED)
+    assert gpu.main() == (0 if gpu.torch.cuda.is_available() else 2)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "fake.py").write_text("import sys; open(sys.argv[-1], 'w').write(' '.join(sys.argv[1:-2]))")
+    (tmp_path / "broken.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(gpu, "HERE", tmp_path)
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda: "NVIDIA X1 80GB (SXM)")
+    monkeypatch.setattr(gpu, "WANTED", (("a", "fake.py", ("--x",)), ("b", "broken.py", ()), ("c", "fake.py", ("--y",))))
+    assert gpu.main() == 1
+    written = {path.name.rsplit("-", 1)[0]: path.read_text() for path in (tmp_path / "results").iterdir()}
+    assert written == {"a-nvidia-x1-80gb-sxm": "--x", "c-nvidia-x1-80gb-sxm": "--y"}
+    monkeypatch.setattr(gpu, "WANTED", (gpu.WANTED[0], gpu.WANTED[2]))
+    assert gpu.main() == 0
+    assert capsys.readouterr().out.count("there already") == 2

@@ -128,7 +128,7 @@ def crop_embeddings(embeddings: Tensor, boxes: Tensor, flips: Tensor, size: int,
         boxes: [B, 4], (x0, y0, x1, y1) in [0, 1].
         flips: [B] bool.
         synthesis: [h, h] of square maps that come transformed, the maps being synthesis @ embeddings @ synthesis^T. It is
-            folded into the resampling, which is linear too, and costs nothing.
+            folded into the resampling, which is linear too.
     """
     x0, y0, x1, y1 = boxes.unbind(1)
     height, width = embeddings.shape[2:]

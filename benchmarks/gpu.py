@@ -1,0 +1,42 @@
+"""Every benchmark for a GPU that has no result for the GPU at hand yet, most wanted first; writes the result files.
+
+    python benchmarks/gpu.py        (or: make bench-gpu)
+
+One after the other, so that it can be cut off at any time: what was written stays, and the next run goes on.
+"""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+# (topic, script, arguments), most wanted first. A script prints Markdown and writes it to --out once it is done.
+WANTED = (
+    ("targets", "targets.py", ("--device", "cuda")),
+    ("targets-112-channels", "targets.py", ("--device", "cuda", "--channels", "112")),
+)
+
+
+def main() -> int:
+    """Run what lacks a result. Returns 0, 1 if a benchmark failed, 2 without a GPU."""
+    if not torch.cuda.is_available():
+        print("no CUDA device: these benchmarks are about one. Those for the CPU are the other scripts of this folder.")
+        return 2
+    hardware = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    failed = 0
+    for topic, script, arguments in WANTED:
+        if found := sorted((HERE / "results").glob(f"{topic}-{hardware}-[0-9]*.md")):
+            print(f"{topic}: there already ({found[-1].name})")
+            continue
+        page = HERE / "results" / f"{topic}-{hardware}-{time.strftime('%Y%m%d')}.md"
+        print(f"{topic}: {script} -> {page.name}", flush=True)
+        failed += subprocess.run([sys.executable, HERE / script, *arguments, "--out", page], check=False).returncode != 0
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
