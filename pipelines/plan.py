@@ -124,7 +124,7 @@ def _image_bytes(job: Job, tried: Embedded, layout: ShardLayout, shards: float, 
     views, count = max(1, job.embedder.mode.views), len(job.embedder)
     first = np.arange(0, count, layout.shard_samples)
     last = np.minimum(first + layout.shard_samples, count) - 1
-    stored = (last // views - first // views + 1).sum() / count
+    stored = int((last // views - first // views + 1).sum()) / count
     return stored * float(np.mean([size + row if size else 0 for size in sizes])) + empty * shards
 
 

@@ -384,7 +384,7 @@ def test_kill_nine_at_ten_random_moments(spawn, tmp_path):
         before = committed_files(target)
         if attempt < 2:  # while the codec is fitted and the cache is made
             process = spawn(*arguments(tmp_path, target.name), log=str(log))
-            time.sleep(rng.uniform(0.1, 0.5) * seconds)
+            time.sleep(rng.uniform(0.05, 0.25) * seconds)
             process.kill()
         else:  # before, during and after a commit
             process = spawn(*arguments(tmp_path, target.name), log=str(log), die=(rng.randint(1, 3), rng.uniform(0, 0.05)))

@@ -354,8 +354,10 @@ def test_the_page_says_what_inspect_says_and_asks_nobody(home, tmp_path, shown):
         assert text in page
     assert re.findall(r'<img alt="(\w+)" src="data:image/png;base64,', page) == ["bytes", "error", "spectrum", "gallery"]
     assert page.count("<img ") == 4
+    # Any four letters stand somewhere in a megabyte of base64.
+    without_pictures = re.sub("base64,[A-Za-z0-9+/=]+", "", page)
     for outside in ("http:", "https:", 'src="/', "url(", "<link", "<script", "@import", "href"):
-        assert outside not in page.replace(html.escape(str(found["provenance"])), "")
+        assert outside not in without_pictures
     assert "&lt;b&gt;torn.jpg" in page
     assert "<b>" not in page
     # The picture is the number: its cells average to the sample's recorded error.
