@@ -19,6 +19,7 @@ from conftest import full_cache
 from training_reads import outcome, training_read
 
 from sami_cache.store.cache import Cache
+from sami_cache.store.head import CODEC_ARRAYS
 from sami_cache.store.integrity import verify_cache
 
 SEED = 20240611
@@ -56,7 +57,7 @@ def strata(cache: Path) -> dict[str, dict[str, np.ndarray]]:
             }
         elif file.name == "zarr.json":
             parts = {"head" if name == "zarr.json" else "array zarr.json": offsets}
-        elif file.parent.name in ("basis", "mean", "step"):
+        elif file.parent.name in CODEC_ARRAYS:
             parts = {"decoding arrays": offsets}
         else:
             parts = {"commit records" if file.parent.name == "commits" else name: offsets}
