@@ -202,11 +202,12 @@ def block_dct(values: np.ndarray, dct: np.ndarray) -> np.ndarray:
     """float32 [n, D, h, w] -> [n, D * b * b, blocks]: coefficients by direction and frequency, blocks in C order."""
     n, directions, height, width = values.shape
     b = len(dct)
-    blocks = values.reshape(n, directions, height // b, b, width // b, b).transpose(0, 1, 3, 5, 2, 4)
+    cells = values.reshape(n, directions, height // b, b, width // b, b)
     if b > _ONE_PRODUCT:
-        found = np.einsum("ui,vj,ndijyx->nduvyx", dct, dct, blocks, optimize=True)
-    else:
-        found = np.kron(dct, dct) @ blocks.reshape(n, directions, b * b, -1)
+        found = np.einsum("ui,vj,ndyixj->nduvyx", dct, dct, cells, optimize=True)
+    else:  # a single product of two large matrices: many small ones would have BLAS's threads wait for each other
+        found = cells.transpose(0, 1, 2, 4, 3, 5).reshape(-1, b * b) @ np.kron(dct, dct).T
+        found = found.reshape(n, directions, -1, b * b).transpose(0, 1, 3, 2)
     return found.reshape(n, directions * b * b, -1)
 
 
@@ -214,8 +215,8 @@ def inverse_block_dct(values: np.ndarray, dct: np.ndarray, blocks: tuple[int, in
     """What `block_dct` turned into `values`, `blocks` down and across: float32 [n, D, h, w]."""
     n, b = len(values), len(dct)
     if b > _ONE_PRODUCT:
-        cells = np.einsum("ui,vj,nduvyx->ndijyx", dct, dct, values.reshape(n, -1, b, b, *blocks), optimize=True)
+        cells = np.einsum("ui,vj,nduvyx->ndyixj", dct, dct, values.reshape(n, -1, b, b, *blocks), optimize=True)
     else:
-        cells = (np.kron(dct, dct).T @ values.reshape(n, -1, b * b, values.shape[2])).reshape(n, -1, b, b, *blocks)
-    cells = cells.transpose(0, 1, 4, 2, 5, 3)
+        cells = values.reshape(n, -1, b * b, values.shape[2]).transpose(0, 1, 3, 2).reshape(-1, b * b) @ np.kron(dct, dct)
+        cells = cells.reshape(n, -1, *blocks, b, b).transpose(0, 1, 2, 4, 3, 5)
     return cells.reshape(n, cells.shape[1], blocks[0] * b, blocks[1] * b)
