@@ -27,7 +27,7 @@ CODECS = ("pca", "int8", "float16")
 DIGIT = 255
 """A coefficient too wide for int8 is stored as two or three rows: its digits in base 255, each from -127 to 127."""
 # Rounding up only from here makes more zeros, which cost least: the step must be smaller for the same error, and at 1 % on
-# photographs 1.2 % of the bytes are saved all the same (docs/codec.md).
+# photographs 0.7 % of the bytes are saved all the same (docs/codec.md).
 ROUND_UP_FROM = 0.55
 # Up to this side of a block, both directions of its DCT as one matrix product are faster than one after the other.
 _ONE_PRODUCT = 16

@@ -11,7 +11,7 @@ MAX_DIGITS = 3
 HEADROOM = 2
 """How far a coefficient may reach before it is clipped, at least: so many times its largest magnitude in the sample."""
 # In units of step^2. To store a coefficient of less variance takes more bytes than a smaller step for the others: at 1 % on
-# photographs 0.3 % more than from 1 / 12, the noise of the step (docs/codec.md).
+# photographs 0.4 % more than from 1 / 12, the noise of the step (docs/codec.md).
 KEEP_FROM = 0.16
 _JUDGED_VALUES, _JUDGED_BLOCKS = 1 << 22, 16
 _PRIOR = 4
@@ -20,7 +20,7 @@ _PRIOR = 4
 def choose_block(grid: int) -> int:
     """Cells along each side of a DCT block: the divisor of the grid from 4 to 16 that is nearest to 8, else the whole grid.
 
-    At 32 cells blocks of 8, 16 and 32 take the same bytes within 0.3 % (docs/codec.md); small ones have the smaller tables.
+    At 32 cells blocks of 8, 16 and 32 take the same bytes within 0.5 % (docs/codec.md); small ones have the smaller tables.
     """
     divisors = [block for block in range(4, 17) if grid % block == 0]
     return min(divisors, key=lambda block: abs(np.log2(block / 8)), default=grid)
