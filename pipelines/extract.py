@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from pipelines.embedding import Embedded
 from pipelines.jobs import ExtractConfig, Job, Progress, how_to_go_on, prepare_job
@@ -74,8 +75,8 @@ def extract(config: ExtractConfig, on_progress: Callable[[Progress], None] = lam
         commits = run_shards(job, cache, missing, on_progress, stop) if missing else []
         on_progress(Progress(stage="seal", done=cache.samples, total=cache.samples))
         root = seal_cache(cache)
-    table = cache.table().select(["key", "status"]).to_pylist() if root["failed"] else []
-    lost = cache.manifest(root, ["error", "energy", "clipped"])
+    lost = cache.manifest(root, ["key", "status", "error", "energy", "clipped"])
+    failed = lost.filter(pc.field("status") != OK)
     energy, clipped = lost["energy"].drop_null().to_numpy(), lost["clipped"].drop_null().to_numpy()
     return Summary(
         cache=config.cache,
@@ -83,7 +84,7 @@ def extract(config: ExtractConfig, on_progress: Callable[[Progress], None] = lam
         samples_done=sum(len(cache.shard_samples(commit.record.shard)) for commit in commits if commit.won),
         seconds=time.perf_counter() - started,
         bytes=cache.size_on_disk(),
-        failures=[(row["key"], row["status"]) for row in table if row["status"] != OK],
+        failures=list(zip(failed["key"].to_pylist(), failed["status"].to_pylist(), strict=True)),
         error=float(np.average(lost["error"].drop_null().to_numpy(), weights=energy)) if energy.any() else None,
         asked=cache.codec.error,
         fit_samples=cache.codec.fit_samples,

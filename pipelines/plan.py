@@ -82,7 +82,8 @@ def measure(job: Job, on_progress: Callable[[Progress], None] = lambda _: None, 
     `images`: re-encode so many, if there are, to tell what their JPEGs take, which differs more between images than codes do.
     """
     embedder, settings = job.embedder, job.codec_settings
-    tried, seconds = _embed_sample(job, on_progress)
+    order = _random_order(job)
+    tried, seconds = _embed_sample(job, order, on_progress)
     good = np.array([sample.status == OK for sample in tried.samples])
     if not good.any():
         raise SamiCacheError(
@@ -103,7 +104,7 @@ def measure(job: Job, on_progress: Callable[[Progress], None] = lambda _: None, 
         samples=len(embedder),
         remaining=len(embedder) - done,
         code_bytes=code_bytes,
-        image_bytes=_image_bytes(job, tried, layout, shards, images) if embedder.images else 0.0,
+        image_bytes=_image_bytes(job, tried, layout, shards, order[:images]) if embedder.images else 0.0,
         record_bytes=bytes_of_records,
         there=there,
         seconds_per_sample=seconds,
@@ -113,12 +114,15 @@ def measure(job: Job, on_progress: Callable[[Progress], None] = lambda _: None, 
     )
 
 
-def _image_bytes(job: Job, tried: Embedded, layout: ShardLayout, shards: float, images: int) -> float:
-    """Bytes a sample of the shards' image files; `shards`: a sample. An image is stored once in every shard it has views in."""
-    distinct = {sample.key: ("", jpeg) for sample, jpeg in zip(tried.samples, tried.jpegs, strict=True)}
-    sizes = [len(jpeg or b"") for _, jpeg in distinct.values()]
-    sizes += _more_jpegs(job, range(len(sizes), images))
-    found = {key: ("0" * 64, jpeg) for key, (_, jpeg) in distinct.items() if jpeg}
+def _image_bytes(job: Job, tried: Embedded, layout: ShardLayout, shards: float, images: list[int]) -> float:
+    """Bytes a sample of the shards' image files; `shards`: a sample. An image is stored once in every shard it has views in.
+
+    `images`: the first ones of the random order, whose JPEGs count; the tried ones are among them or all there is to go by.
+    """
+    distinct = {sample.key: jpeg for sample, jpeg in zip(tried.samples, tried.jpegs, strict=True)}
+    sizes = [len(jpeg or b"") for jpeg in distinct.values()]
+    sizes += _jpeg_sizes(job, images[len(sizes) :])
+    found = {key: ("0" * 64, jpeg) for key, jpeg in distinct.items() if jpeg}
     empty = len(pack_images({}))
     row = (len(pack_images(found)) - empty - sum(len(jpeg) for _, jpeg in found.values())) / max(1, len(found))
     views, count = max(1, job.embedder.mode.views), len(job.embedder)
@@ -128,8 +132,8 @@ def _image_bytes(job: Job, tried: Embedded, layout: ShardLayout, shards: float, 
     return stored * float(np.mean([size + row if size else 0 for size in sizes])) + empty * shards
 
 
-def _more_jpegs(job: Job, places: range) -> list[int]:
-    """Sizes of the re-encoded JPEGs of the images at these places of the random order, 0 for what cannot be decoded."""
+def _jpeg_sizes(job: Job, images: list[int]) -> list[int]:
+    """Sizes of the re-encoded JPEGs of these images, 0 for what cannot be decoded."""
     embedder = job.embedder
 
     def encode(image: int) -> int:
@@ -139,7 +143,7 @@ def _more_jpegs(job: Job, places: range) -> list[int]:
             return 0
 
     with ThreadPoolExecutor(embedder.workers, thread_name_prefix="decode") as pool:
-        return list(pool.map(encode, _random_order(job)[places.start : places.stop]))
+        return list(pool.map(encode, images))
 
 
 def _random_order(job: Job) -> list[int]:
@@ -186,13 +190,13 @@ def _rehearse(codec: Codec, layout: ShardLayout, tried: Embedded, shards: float,
     return code_bytes, bytes_of_records
 
 
-def _embed_sample(job: Job, on_progress: Callable[[Progress], None]) -> tuple[Embedded, float]:
-    """Embed views of a random sample of the images; also the seconds that a sample took, decoding included."""
+def _embed_sample(job: Job, order: list[int], on_progress: Callable[[Progress], None]) -> tuple[Embedded, float]:
+    """Embed views of the first images of `order`, a random one; also the seconds that a sample took, decoding included."""
     embedder = job.embedder
     views, batch = max(1, embedder.mode.views), embedder.batch_size
     affordable = MAX_FIT_BYTES // (4 * embedder.teacher.info.channels * embedder.grid**2)
     wanted = max(8, min(job.codec_settings["fit_images"], affordable))
-    order = _random_order(job)[:wanted]
+    order = order[:wanted]
     # One view an image, and another of each only where the images are few.
     turns = range(min(views, -(-wanted // len(order))))
     numbers = [index * views + (position + turn) % views for turn in turns for position, index in enumerate(order)]
