@@ -215,7 +215,8 @@ class Stored:
         return pack_shard(codes, self._layout(codes))[0]
 
     def unpack(self, packed: bytes, out: np.ndarray) -> None:
-        unpack_chunk(memoryview(packed)[: -self._layout(out).index_bytes], out, None, "benchmark")
+        layout = self._layout(out)
+        unpack_chunk(memoryview(packed)[: -layout.index_bytes], layout, None, dict(enumerate(out)), "benchmark")
 
 
 class Lzma:

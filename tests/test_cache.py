@@ -194,11 +194,14 @@ def test_a_head_with_a_right_digest_and_wrong_fields_is_damage(tmp_path: Path, c
     assert [finding.path for finding in report.findings] == ["zarr.json"]
 
 
-@pytest.mark.parametrize(("number", "mend"), [(1, "It was never released: extract the images"), (3, "Use a newer sami-cache")])
+@pytest.mark.parametrize(
+    ("number", "mend"),
+    [(1, "It was never released: extract the images"), (2, "It was never released"), (4, "Use a newer sami-cache")],
+)
 def test_another_format_is_refused_and_what_to_do_is_said(tmp_path: Path, number: int, mend: str) -> None:
     cache = new_cache(tmp_path / "c.zarr")
     reseal_head(cache.path, format=number)
-    with pytest.raises(SamiCacheError, match=rf"format {number}, this program reads format 2\. {mend}"):
+    with pytest.raises(SamiCacheError, match=rf"format {number}, this program reads format 3\. {mend}"):
         Cache(cache.path)
 
 

@@ -228,10 +228,10 @@ class Cache:
         """One sample, decoded: float32 [C, grid, grid]; only its chunk is read. Raises DamageError."""
         shard, index = divmod(sample, self.layout.shard_samples)
         chunk, place = divmod(index, self.layout.chunk_samples)
-        out = np.empty(self.layout.chunk_shape, self.layout.stored_dtype)
+        out = np.empty((1, *self.layout.sample_shape), self.layout.stored_dtype)
         with self.open_codes(shard) as file:
-            file.read_chunk(chunk, out)
-        return self.codec.decode(out[place][None])[0]
+            file.read_chunk(chunk, {place: out[0]})
+        return self.codec.decode(out)[0]
 
     def read_jpegs(self, shard: int, indices: Sequence[int] | None = None) -> list[bytes | None]:
         """The JPEGs of samples of a shard (all by default), each checked; None where a sample has none. Raises DamageError."""

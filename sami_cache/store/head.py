@@ -9,7 +9,7 @@ from sami_cache.errors import DamageError, SamiCacheError
 from sami_cache.store.files import canonical_json, is_sealed, read_file
 from sami_cache.store.shards import ShardLayout, array_metadata
 
-FORMAT = 2
+FORMAT = 3
 HEAD = "zarr.json"
 CODEC_ARRAYS = {
     "basis": ("direction", "channel"),
@@ -54,7 +54,7 @@ def parse_attributes(data: bytes, head: Path | str) -> dict[str, Any]:
         )
     if attributes.get("format") != FORMAT:
         found = attributes.get("format")
-        mend = "It was never released: extract the images again." if found == 1 else "Use a newer sami-cache for it."
+        mend = "It was never released: extract the images again." if found in (1, 2) else "Use a newer sami-cache for it."
         raise SamiCacheError(f"{head}: format {found}, this program reads format {FORMAT}. {mend}")
     return attributes
 

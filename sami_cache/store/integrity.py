@@ -267,13 +267,12 @@ def _damaged_samples(cache: Cache, shard: int, name: str) -> list[str]:
             if sample.jpeg and crc32c(data[sample.jpeg[0] : sum(sample.jpeg[:2])]) != sample.jpeg[2]:
                 keys.append(sample.key)
         return list(dict.fromkeys(keys))
-    out = np.empty(cache.layout.chunk_shape, cache.layout.stored_dtype)
     step = cache.layout.chunk_samples
     try:
         with ShardFile(path, cache.layout, record.files[name].size, record.chunk_crc32c) as file:
             for chunk in range(len(record.chunk_crc32c)):
                 try:
-                    file.read_chunk(chunk, out)
+                    file.read_chunk(chunk, {})
                 except DamageError:
                     keys += [sample.key for sample in record.samples[chunk * step : (chunk + 1) * step]]
     except DamageError:  # the whole file or its index: no chunk can be found
