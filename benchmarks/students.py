@@ -27,7 +27,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -42,10 +42,12 @@ from torch import Tensor, nn
 
 from pipelines.extract import extract
 from pipelines.jobs import ExtractConfig, prepare_job
+from sami_cache.data.images import decode_jpeg
 from sami_cache.data.views import View, crop_embeddings
-from sami_cache.loader import Batch, CacheSamples, LoadedShard, Loader, LoaderConfig, Samples
+from sami_cache.loader import Batch, Loader, LoaderConfig
 from sami_cache.models.students import SAMI, create_encoder
 from sami_cache.processes import keep_freed_memory
+from sami_cache.samples import CacheSamples, OpenShard, Samples
 from sami_cache.store.cache import Cache, choose_layout
 from sami_cache.store.codecs import Codec
 from sami_cache.store.files import digest
@@ -67,24 +69,21 @@ STEPS = {"errors": 600, "crops": 400, "replay": 400}
 
 
 class FeatureSamples:
-    """Implements `loader.Samples` with float32 feature maps in place of codes; with a codec, as it would give them back."""
+    """Implements `samples.Samples` with float32 feature maps in place of codes; with a codec, as it would give them back."""
 
     def __init__(self, folder: Path, codec: Codec | None = None, maps: np.ndarray | None = None) -> None:
         table = pq.read_table(folder / "samples.parquet")
         self.keys, self.labels, self.jpegs = (table[name].to_pylist() for name in ("key", "label", "jpeg"))
-        self.sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
         views = table["view"].to_pylist()
         self.views = [None if v is None else View((v[0], v[1], v[2], v[3]), bool(v[4])) for v in views]
         self.usable = np.array(table["usable"].to_pylist())
         self.maps = np.load(folder / "maps.npy", mmap_mode="r") if maps is None else maps
-        self.codec, self.shard_samples = codec, SHARD
+        self.codec, self.shard_samples, self.chunk_samples = codec, SHARD, 16
+        self.codes_shape: tuple[int, ...] | None = self.maps.shape[1:]
+        self.codes_dtype = self.maps.dtype
 
-    def load(self, shard: int, sign: Callable[[], None] = lambda: None) -> LoadedShard:
-        part = slice(shard * SHARD, (shard + 1) * SHARD)
-        maps = np.asarray(self.maps[part])
-        if self.codec:
-            maps = self.codec.decode(self.codec.encode(maps))
-        return LoadedShard(maps, self.jpegs[part], self.views[part], self.sizes[part])
+    def open(self, shard: int) -> OpenShard:
+        return FeatureShard(self, shard * SHARD)
 
     def split(self) -> tuple[np.ndarray, np.ndarray]:
         """(train, held out): CIFAR-10's own test images, of photographs every sixth."""
@@ -100,6 +99,28 @@ class FeatureSamples:
         return fit_codec("pca", self.maps[order], error=error)
 
 
+class FeatureShard:
+    """Implements `samples.OpenShard`."""
+
+    def __init__(self, samples: FeatureSamples, first: int) -> None:
+        self.samples, self.first = samples, first
+
+    def read_codes(self, chunk: int, wanted: Mapping[int, np.ndarray]) -> None:
+        start, codec = self.first + chunk * self.samples.chunk_samples, self.samples.codec
+        for place, out in wanted.items():
+            maps = np.asarray(self.samples.maps[start + place : start + place + 1])
+            out[:] = (codec.decode(codec.encode(maps)) if codec else maps)[0]
+
+    def encoded(self, place: int) -> bytes:
+        return self.samples.jpegs[self.first + place]
+
+    def pixels(self, place: int) -> np.ndarray:
+        return decode_jpeg(self.encoded(place))
+
+    def view(self, place: int) -> View | None:
+        return self.samples.views[self.first + place]
+
+
 class FeatureTargets(nn.Module):
     """Implements `tasks.sami.Targets` for feature maps less `mean`, over `scale`; all channels, or those of `basis`."""
 
@@ -112,7 +133,8 @@ class FeatureTargets(nn.Module):
 
     def forward(self, batch: Batch, pixels: Tensor, grid: int) -> Tensor:
         assert batch.codes is not None
-        cut = crop_embeddings(batch.codes, batch.boxes, batch.flips, grid).flatten(2).transpose(1, 2)
+        boxes, flips = (batch.boxes, batch.flips) if batch.whole else whole(len(batch.codes))
+        cut = crop_embeddings(batch.codes, boxes, flips, grid).flatten(2).transpose(1, 2)
         return (cut - self.get_buffer("mean")) @ self.get_buffer("basis").T / self.scale
 
     def features(self, values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,19 +52,16 @@ def make_batch(codec: Codec, embeddings: np.ndarray, size: int) -> Batch:
         flips=torch.from_numpy(rng.random(size) < 0.5),
         ids_shuffle=torch.from_numpy(np.stack([rng.permutation(TOKENS**2) for _ in range(size)])),
         teacher_pixels=None,
+        whole=True,
+        encoded=None,
     )
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The copy that a loader's pinned memory would make beside the step."""
-    values = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in vars(batch).items()}
-    return Batch(**values)
 
 
 def largest_difference(codec: Codec, targets: CacheTargets, batch: Batch, device: torch.device) -> float:
     """Of the targets on the device from decode -> crop -> rotate on the CPU, relative to the largest target."""
+    assert batch.codes is not None
     count = min(16, len(batch.keys))
-    few = Batch(**{name: value[:count] if value is not None else None for name, value in vars(batch).items()})
+    few = replace(batch, codes=batch.codes[:count], boxes=batch.boxes[:count], flips=batch.flips[:count])
     assert few.codes is not None
     maps = torch.from_numpy(codec.decode(few.codes.numpy()) - codec.mean[:, None, None])
     plain = crop_embeddings(maps, few.boxes, few.flips, TOKENS).flatten(2).transpose(1, 2) @ torch.from_numpy(codec.basis).T
@@ -97,7 +95,7 @@ def run(device: torch.device, size: int, channels: int, rounds: int, students: t
         batch = make_batch(codec, embeddings, size)
         targets = CacheTargets(codec).to(device)
         difference = max(difference, largest_difference(codec, targets, batch, device))
-        there = on_device(batch, device)
+        there = batch.to(device)
         acts[name] = lambda targets=targets, there=there: targets(there, anywhere, TOKENS)
         kept[name] = (targets, there)
     targets, there = kept["targets"]

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from blake3 import blake3
 
-from sami_cache.data.images import decode_image, encode_jpeg
+from sami_cache.data.images import decode_image, encode_jpeg, jpeg_size
 from sami_cache.data.sources import Source
-from sami_cache.data.views import View, ViewConfig, crop_image, letterbox, random_view, valid_region
+from sami_cache.data.views import VIEW_DRAWS, View, ViewConfig, crop_image, letterbox, random_view, valid_region
 from sami_cache.errors import ImageError
 from sami_cache.models.teachers import Teacher
 from sami_cache.store.commits import Sample
@@ -41,7 +41,8 @@ class ViewMode:
     def draw(self, key: str, number: int, width: int, height: int) -> View:
         """View `number` of the image `key`: a function of the seed, the key and the number alone."""
         entropy = int.from_bytes(blake3(key.encode()).digest()[:8], "little")
-        return random_view(np.random.default_rng([self.seed, entropy, number]), width, height, self.config)
+        draws = np.random.default_rng([self.seed, entropy, number]).random(VIEW_DRAWS).tolist()
+        return random_view(draws, width, height, self.config)
 
 
 @dataclass(kw_only=True)
@@ -152,7 +153,9 @@ class Embedder:
             return [_Prepared(sample=Sample(**common), pixels=pixels, jpeg=jpeg)]
         prepared = []
         for number in views:
-            view = self.mode.draw(key, number, picture.width, picture.height)
+            # Drawn at the size at which students get to see the image, so that its box ends between pixels there.
+            size_seen = jpeg_size(*picture.size, self.images["short_side"]) if self.images else picture.size
+            view = self.mode.draw(key, number, *size_seen)
             pixels = crop_image(picture, view, size, interpolation=interpolation)
             sample = Sample(**common, view=[*view.box, int(view.flip)])
             prepared.append(_Prepared(sample=sample, pixels=pixels, jpeg=jpeg))

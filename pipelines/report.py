@@ -15,6 +15,7 @@ from pipelines.export import newest_checkpoint
 from pipelines.page import document, picture, png, settings_table
 from pipelines.train import TrainingConfig, prepare
 from sami_cache.checkpoints import Checkpoint, put_weights
+from sami_cache.data.views import mirror
 from sami_cache.errors import DamageError, IdentityError, SamiCacheError
 from sami_cache.loader import Batch, Loader
 from sami_cache.processes import distributed
@@ -185,7 +186,8 @@ def _reconstruct(task: SAMITask, config: Mapping[str, Any], count: int) -> list[
         per_image = torch.full((len(mask),), mask.shape[1], device=mask.device)
     draw = _pixel_pictures if config["target"] == "pixels" else _feature_pictures
     targets, predictions = draw(task, batch, prediction, target, mask)
-    images = batch.pixels.permute(0, 2, 3, 1).numpy()
+    assert batch.pixels is not None
+    images = mirror(batch.pixels, batch.flips).permute(0, 2, 3, 1).numpy()
     hidden = _per_pixel(mask, task.grid, images.shape[1])
     return [
         Row(
@@ -214,7 +216,8 @@ def _pixel_pictures(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Both as uint8 [B, S, S, 3], visible patches as in the image."""
     scale, offset = (torch.tensor(values)[:, None, None] * 255 for values in (IMAGENET_STD, IMAGENET_MEAN))
-    pixels = (batch.pixels.float() - offset) / scale  # the space in which patches are normalised
+    assert batch.pixels is not None
+    pixels = (mirror(batch.pixels, batch.flips).float() - offset) / scale  # the space in which patches are normalised
     count, grid, patch = len(pixels), task.grid, pixels.shape[-1] // task.grid
     blocks = pixels.reshape(count, 3, grid, patch, grid, patch).permute(0, 2, 4, 3, 5, 1).reshape(count, grid * grid, -1)
     variance, mean = torch.var_mean(blocks, dim=-1, keepdim=True)

@@ -13,12 +13,14 @@ from pipelines.recipes import SAMI_IMAGENET
 from sami_cache.checkpoints import load_weights
 from sami_cache.data.sources import open_source
 from sami_cache.errors import SamiCacheError
-from sami_cache.loader import CacheSamples, Loader, LoaderConfig, Samples, SourceSamples, split_held_out
+from sami_cache.loader import Loader, LoaderConfig
 from sami_cache.losses import Kind
 from sami_cache.models.students import SAMI, KeysValues, create_encoder
 from sami_cache.models.teachers import Teacher, load_teacher
 from sami_cache.models.weights import check_file_digest
+from sami_cache.order import split_held_out
 from sami_cache.processes import GRACE, StopSignal, distributed, rank_and_world
+from sami_cache.samples import CacheSamples, Samples, SourceSamples
 from sami_cache.store.cache import Cache
 from sami_cache.tasks.sami import CacheTargets, OnlineTargets, PixelTargets, SAMIConfig, SAMITask, Target
 from sami_cache.training import TrainConfig, Trainer
@@ -143,6 +145,7 @@ def prepare(config: TrainingConfig, device: torch.device) -> Prepared:
         teacher_size=teacher.info.image_size if teacher else None,
         teacher_interpolation=teacher.info.interpolation if teacher else "bilinear",
         threads=config.workers,
+        pin_memory=device.type == "cuda",
         timeout=config.data_timeout,
     )
     loader = Loader(samples, chosen, loader_config, rank=rank, world=world)

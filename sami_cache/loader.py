@@ -1,158 +1,64 @@
-"""Training samples from a cache (or straight from images): pixels and targets of the same view, in a known order.
+"""Batches of training samples: pixels and targets of the same view, in a known order, prepared by threads.
 
-The order of an epoch, every view and every mask are functions of (seed, epoch, sample) alone: the same for any number of
-threads, ranks or restarts. Shards are shuffled, a few are open at a time, and samples are drawn across them.
+A chunk of codes is decompressed once and its samples are written straight to where they belong in the batches to come. That
+is possible because the order of an epoch is known beforehand: shards are shuffled, a few are open at a time, and samples are
+drawn across them (`order.py`).
 """
 
-import io
 import os
+import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Protocol
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from sami_cache.data.images import decode_image
-from sami_cache.data.sources import Source
-from sami_cache.data.views import View, ViewConfig, crop_image, random_view
-from sami_cache.errors import DamageError, IdentityError, ImageError, SamiCacheError
-from sami_cache.store.cache import Cache
-from sami_cache.store.commits import OK
-from sami_cache.store.files import digest
+from sami_cache.data.views import VIEW_DRAWS, View, ViewConfig, crop_image, crop_pixels, random_view
+from sami_cache.errors import SamiCacheError
+from sami_cache.order import Course, deal, epoch_order, random_words, uniform
+from sami_cache.samples import OpenShard, Samples
 from sami_cache.workers import LoaderError, Workers
 
 EVALUATION_EPOCH = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class LoadedShard:
-    """One shard in memory; rows by place in the shard."""
-
-    codes: np.ndarray | None
-    """[n, kept, m, m], or None where there is no cache."""
-    images: Sequence[bytes | None]
-    """Encoded images."""
-    views: Sequence[View | None]
-    """Replay caches: the recorded view, else None."""
-    sizes: Sequence[tuple[int, int] | None]
-    """Width and height of the source image, None if not known yet."""
-
-
-class Samples(Protocol):
-    """Where training samples come from, shard by shard. Thread-safe."""
-
-    keys: list[str]
-    labels: list[int | None]
-    usable: np.ndarray
-    """bool [samples]."""
-    shard_samples: int
-
-    def load(self, shard: int, sign: Callable[[], None] = lambda: None) -> LoadedShard:
-        """Read a shard; `sign` is called when a part of it is there."""
-        ...
-
-
-class CacheSamples:
-    """The samples of a cache: codes and JPEGs, every byte checked against the commit records on the way."""
-
-    def __init__(self, cache: Cache, source: Source | None = None) -> None:
-        """`source`: where to read images from if the cache holds none; each is checked against the digest in its record."""
-        self.cache, self.source = cache, source
-        if not cache.has_images and source is None:
-            raise SamiCacheError(
-                f"{cache.path} was extracted with --no-images: give the images it was made from with --data DIR, or extract a "
-                "cache that holds them."
-            )
-        missing = cache.shards - len(cache.committed())
-        if missing:
-            raise SamiCacheError(
-                f"{cache.path} is not complete: {missing} of {cache.shards} shards are missing. Run the same `sami-cache "
-                "extract` command to finish it, then train."
-            )
-        table = cache.table()
-        self._records = table["record"].take(list(range(0, len(table), cache.layout.shard_samples))).to_pylist()
-        self.keys = table["key"].to_pylist()
-        self.labels = table["label"].to_pylist()
-        self.usable = np.array([status == OK for status in table["status"].to_pylist()])
-        self.shard_samples = cache.layout.shard_samples
-        self._where = {key: index for index, key in enumerate(source.keys)} if source and not cache.has_images else {}
-
-    def load(self, shard: int, sign: Callable[[], None] = lambda: None) -> LoadedShard:
-        """Read a shard. Raises DamageError where a byte is not the one committed."""
-        record = self.cache.record(shard)
-        if record.digest != self._records[shard]:
-            raise DamageError(
-                f"{self.cache.record_path(shard)}: is not the record that the cache was sealed with. `sami-cache verify "
-                "--repair` mends what the images can mend."
-            )
-        images = (
-            self.cache.read_jpegs(shard)
-            if self.cache.has_images
-            else [self._read(s.key, s.source, sign) for s in record.samples]
-        )
-        views = [None if s.view is None else _recorded_view(s.view) for s in record.samples]
-        sizes = [None if s.width is None or s.height is None else (s.width, s.height) for s in record.samples]
-        return LoadedShard(self.cache.read_codes(shard), images, views, sizes)
-
-    def _read(self, key: str, expected: str | None, sign: Callable[[], None]) -> bytes | None:
-        if expected is None or self.source is None:
-            return None
-        if key not in self._where:
-            raise IdentityError(
-                f"{self.source.location}: image {key!r} of the cache is not there. Give the --data it was made from."
-            )
-        data = self.source.read(self._where[key])
-        sign()
-        if digest(data) != expected:
-            raise IdentityError(
-                f"{self.source.location}: image {key!r} is not the one the cache was made from. Extract it anew."
-            )
-        return data
-
-
-class SourceSamples:
-    """The images of a source without a cache, for training with the teacher online."""
-
-    def __init__(self, source: Source, shard_samples: int = 256) -> None:
-        self.source, self.shard_samples = source, shard_samples
-        self.keys, self.labels = list(source.keys), list(source.labels)
-        self.usable = np.ones(len(source), bool)
-
-    def load(self, shard: int, sign: Callable[[], None] = lambda: None) -> LoadedShard:
-        """Read the images of a shard. Raises ImageError naming the one that cannot be read."""
-        numbers = range(shard * self.shard_samples, min((shard + 1) * self.shard_samples, len(self.keys)))
-        images = []
-        for number in numbers:
-            images.append(self.source.read(number))
-            sign()
-        return LoadedShard(None, images, [None] * len(images), [None] * len(images))
+Images = Literal["pixels", "encoded", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Samples of one micro-batch, on the CPU."""
+    """Samples of one micro-batch."""
 
     samples: np.ndarray
     """int64 [B], sample numbers."""
     keys: list[str]
-    pixels: Tensor
-    """uint8 [B, 3, S, S], the view as the student sees it, RGB."""
+    pixels: Tensor | None
+    """uint8 [B, 3, S, S], the box of the view, RGB, not mirrored yet."""
     codes: Tensor | None
-    """[B, kept, m, m], as the cache stores them; the whole image (dense) or the view itself (replay)."""
+    """[B, kept, m, m], as the cache stores them."""
+    whole: bool
+    """Whether the codes are of whole images, so that the view is still to be cut from them, or of the views."""
     boxes: Tensor
-    """float32 [B, 4], what to cut from `codes`: (x0, y0, x1, y1) in [0, 1]."""
+    """float32 [B, 4], the views' boxes: (x0, y0, x1, y1) in [0, 1]."""
     flips: Tensor
-    """bool [B], whether to mirror what was cut."""
+    """bool [B], whether the view is mirrored."""
     ids_shuffle: Tensor
     """int64 [B, tokens], a random order of the tokens: the first are kept, the others masked."""
     teacher_pixels: Tensor | None
-    """uint8 [B, 3, T, T], the view as an online teacher sees it."""
+    """uint8 [B, 3, T, T], the view as an online teacher sees it, mirrored."""
+    encoded: list[bytes] | None
+    """The images' files, where no pixels were asked for."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """A copy whose tensors are on `device`; from pinned memory it is made while the processor goes on."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +70,8 @@ class LoaderConfig:
     micro_batches: int = 1
     """Into how many parts a rank's share of the step is cut."""
     seed: int = 0
+    images: Images = "pixels"
+    """pixels: the view, decoded and cut. encoded: the whole image's file, views and masks are not drawn. none: codes alone."""
     image_size: int = 224
     """Of the student's input, pixels."""
     tokens: int = 196
@@ -172,25 +80,13 @@ class LoaderConfig:
     teacher_interpolation: str = "bilinear"
     views: ViewConfig = field(default_factory=ViewConfig)
     open_shards: int = 8
-    """Shards that samples are drawn across; up to twice as many lie decoded in memory, 17 to 34 MB each at full size."""
+    """Shards that samples are drawn across. The codes of as many again are decoded ahead: 280 to 540 MB for 16 full shards,
+    over all ranks together."""
     threads: int | None = None
+    pin_memory: bool = False
+    """Whether batches lie in memory that a CUDA device can copy while the processor goes on."""
     timeout: float = 60.0
     """Seconds without any sign of progress after which a sample that is waited for is given up."""
-
-
-def epoch_order(usable: np.ndarray, shard_samples: int, *, seed: int, epoch: int, open_shards: int) -> np.ndarray:
-    """The sample numbers of an epoch in training order: int64 [usable.sum()], each exactly once.
-
-    Shards are permuted, then cut into windows of `open_shards`; the samples of a window are permuted together.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    numbers = np.flatnonzero(usable)
-    shards = numbers // shard_samples
-    present = np.unique(shards)
-    rank = np.empty(int(present.max(initial=0)) + 1, np.int64)
-    rank[rng.permutation(present)] = np.arange(len(present))
-    window = rank[shards] // open_shards
-    return numbers[np.lexsort((rng.random(len(numbers)), window))]
 
 
 class Loader:
@@ -216,30 +112,32 @@ class Loader:
             )
         self.steps_per_epoch = self.count // config.batch_size
         self.threads = config.threads or min(16, os.cpu_count() or 1)
-        self._shards: OrderedDict[int, Future[LoadedShard]] = OrderedDict()
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Micro-batches from optimizer step `start_step` on, without end. Raises what reading or decoding raises."""
         size = self.config.batch_size // self.world // self.config.micro_batches
+        first_epoch, first_step = divmod(start_step, self.steps_per_epoch)
 
-        def plan() -> Iterator[tuple[int, np.ndarray]]:
-            step, order, ordered = start_step, np.empty(0, np.int64), -1
-            while True:
-                epoch, place = divmod(step, self.steps_per_epoch)
-                if epoch != ordered:
-                    order, ordered = self._order(epoch), epoch
-                for part in range(self.config.micro_batches):
-                    first = place * self.config.batch_size + (self.rank * self.config.micro_batches + part) * size
-                    yield epoch, order[first : first + size]
-                step += 1
+        def course(epoch: int) -> Course:
+            dealt = deal(self._order(epoch), self.config.batch_size, self.rank, self.world)
+            dealt = dealt[first_step if epoch == first_epoch else 0 :]
+            return Course(epoch, dealt.ravel(), size, self.samples.chunk_samples)
 
-        yield from self._serve(plan())
+        def courses(workers: Workers) -> Iterator[Course]:
+            # Sorting a million samples takes a second, which the epoch before has to spare.
+            coming = workers.submit(f"the order of epoch {first_epoch}", course, first_epoch)
+            for epoch in count(first_epoch + 1):
+                planned, coming = coming.result(), workers.submit(f"the order of epoch {epoch}", course, epoch)
+                yield planned
+
+        with Workers(self.threads, "loader") as workers:
+            yield from _Service(self, workers).serve(courses(workers))
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
         """All chosen samples once, in storage order, whole images unflipped, with masks that never change."""
-        numbers = np.flatnonzero(self.chosen)
-        parts = (numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size))
-        yield from self._serve((EVALUATION_EPOCH, part) for part in parts)
+        course = Course(EVALUATION_EPOCH, np.flatnonzero(self.chosen), batch_size, self.samples.chunk_samples)
+        with Workers(self.threads, "loader") as workers:
+            yield from _Service(self, workers).serve(iter([course]))
 
     def _order(self, epoch: int) -> np.ndarray:
         config = self.config
@@ -247,125 +145,237 @@ class Loader:
             self.chosen, self.samples.shard_samples, seed=config.seed, epoch=epoch, open_shards=config.open_shards
         )
 
-    def _serve(self, plan: Iterator[tuple[int, np.ndarray]]) -> Iterator[Batch]:
-        """Prepare the planned batches in threads, a few ahead of the one that is handed out."""
-        # Shards have threads of their own: a sample waits for its shard, and must not hold the thread the shard needs.
-        pools = Workers(self.threads, "sample"), Workers(max(1, self.threads // 2), "shard")
-        ahead: deque[tuple[np.ndarray, list[Future[_Row]]]] = deque()
 
-        def collate() -> Batch:
-            numbers, futures = ahead.popleft()
-            return self._collate(numbers, [self._row_of(n, f, pools) for n, f in zip(numbers.tolist(), futures, strict=True)])
+class _Draft:
+    """A micro-batch in preparation."""
 
-        try:
-            for epoch, numbers in plan:
-                ahead.append((numbers, self._submit(*pools, epoch, numbers)))
-                if len(ahead) > 3:
-                    yield collate()
-            while ahead:
-                yield collate()
-        finally:
-            self._shards.clear()
-            for pool in pools:
-                pool.close()
+    def __init__(self, number: int, epoch: int, numbers: np.ndarray, samples: Samples, pin: bool) -> None:
+        self.number, self.epoch, self.numbers, self._pin = number, epoch, numbers, pin
+        self._lock, self._done, self._error = threading.Lock(), threading.Event(), None
+        # Every sample's codes, and the word that no more images will be asked for.
+        self._missing = 1 + (len(numbers) if samples.codes_shape else 0)
+        self.codes: Tensor | None = None
+        if samples.codes_shape:
+            self.codes = self._empty(*samples.codes_shape, dtype=getattr(torch, samples.codes_dtype.name))
+            self.codes_array = self.codes.numpy()
+        self.pixels: Tensor | None = None
+        self.teacher_pixels: Tensor | None = None
+        self.encoded: list[bytes] | None = None
 
-    def _row_of(self, number: int, future: "Future[_Row]", pools: "tuple[Workers, Workers]") -> "_Row":
-        """The prepared sample. Raises LoaderError if it does not come in time."""
-        asked = time.monotonic()
+    def prepare_images(self, config: LoaderConfig) -> None:
+        """Make room for what comes with the codes; not before it is needed, pixels being larger."""
+        self.boxes, self.flips = self._empty(4, dtype=torch.float32), self._empty(dtype=torch.bool)
+        self.boxes[:], self.flips[:], self.whole = torch.tensor([0.0, 0.0, 1.0, 1.0]), False, True
+        self.ids_shuffle = self._empty(config.tokens, dtype=torch.int64)
+        if config.images == "pixels":
+            self.pixels = self._empty(config.image_size, config.image_size, 3).permute(0, 3, 1, 2)
+            if config.teacher_size:
+                self.teacher_pixels = self._empty(config.teacher_size, config.teacher_size, 3).permute(0, 3, 1, 2)
+        elif config.images == "encoded":
+            self.encoded = [b""] * len(self.numbers)
+
+    def _empty(self, *shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+        return torch.empty(len(self.numbers), *shape, dtype=dtype, pin_memory=self._pin)
+
+    def awaits(self, count: int) -> None:
+        with self._lock:
+            self._missing += count
+
+    def got(self, count: int) -> None:
+        with self._lock:
+            self._missing -= count
+            if not self._missing:
+                self._done.set()
+
+    def fail(self, error: BaseException) -> None:
+        self._error = self._error or error
+        self._done.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it is complete. Raises what preparing it raised."""
+        done = self._done.wait(seconds)
+        if self._error is not None:
+            raise self._error
+        return done
+
+
+class _Service:
+    """One pass over courses: what is asked of the workers, and when."""
+
+    def __init__(self, loader: Loader, workers: Workers) -> None:
+        self.samples, self.config, self.workers, self.threads = loader.samples, loader.config, workers, loader.threads
+        self.window = loader.config.open_shards * loader.samples.shard_samples // loader.world
+        self._open: dict[int, OpenShard] = {}
+        self._opening = threading.Lock()
+        self._drafts: dict[int, _Draft] = {}
+
+    def serve(self, courses: Iterator[Course]) -> Iterator[Batch]:
+        planned: deque[_Draft] = deque()
+        prepared: deque[_Draft] = deque()
+        coming, ahead, more = self._plan(courses), 0, True
         while True:
-            try:
-                return future.result(min(1.0, self.config.timeout))
-            except TimeoutError:
-                waited = time.monotonic() - max(asked, *(pool.last_sign for pool in pools))
-                if waited < self.config.timeout:
-                    continue
-            busy = "; ".join(line for pool in reversed(pools) for line in pool.at_work()[:2]) or "no worker is at it"
-            raise LoaderError(
-                f"sample {self.samples.keys[number]!r} of shard {number // self.samples.shard_samples} did not come, nor "
-                f"anything else for {waited:.1f} s ({busy}). Check the disk and the network it lies on, or wait longer with "
-                "--data-timeout; a training goes on from its last checkpoint with --resume."
-            )
+            while more and (ahead < self.window or not planned):
+                draft = next(coming, None)
+                if draft is None:
+                    more = False
+                else:
+                    planned.append(draft)
+                    ahead += len(draft.numbers)
+            while planned and len(prepared) < self._batches_ahead(planned[0]):
+                draft = planned.popleft()
+                ahead -= len(draft.numbers)
+                self._ask_for_images(draft)
+                prepared.append(draft)
+            if not prepared:
+                return
+            yield self._finish(prepared.popleft())
 
-    def _submit(self, pool: Workers, readers: Workers, epoch: int, numbers: np.ndarray) -> "list[Future[_Row]]":
-        rows = []
-        for number in numbers.tolist():
-            shard, place = divmod(number, self.samples.shard_samples)
-            loaded = self._shards.get(shard)
-            if loaded is None:
-                loaded = self._shards[shard] = readers.submit(f"shard {shard}", self.samples.load, shard, readers.sign)
-                while len(self._shards) > 2 * self.config.open_shards:
-                    self._shards.popitem(last=False)
-            self._shards.move_to_end(shard)
-            rows.append(pool.submit(f"sample {self.samples.keys[number]!r}", self._row, loaded, place, number, epoch))
-        return rows
+    def _plan(self, courses: Iterator[Course]) -> Iterator[_Draft]:
+        """Every micro-batch in turn, the chunks it needs being asked for."""
+        start = 0
+        for course in courses:
+            for part in range(len(course)):
+                for places in course.first_needed(part) if self.samples.codes_shape else ():
+                    self._ask_for_chunk(course, start, places)
+                draft = self._draft(course, start, part)
+                del self._drafts[draft.number]
+                yield draft
+            start += len(course)
 
-    def _row(self, loaded: Future[LoadedShard], place: int, number: int, epoch: int) -> "_Row":
-        shard, config = loaded.result(), self.config
-        rng = np.random.default_rng([config.seed, epoch, number])
-        order = rng.permutation(config.tokens)
-        data = shard.images[place]
-        if data is None:
-            raise DamageError(f"sample {self.samples.keys[number]!r} has no image")
-        try:
-            # What the cache holds was decoded and re-encoded by us, and checked byte by byte.
-            image = Image.open(io.BytesIO(data)).convert("RGB") if shard.sizes[place] else decode_image(data)
-        except (ImageError, OSError) as error:
-            raise ImageError(
-                f"image {self.samples.keys[number]!r}: {error}. Remove it, or train from a cache: extraction records such "
-                "images and goes on."
-            ) from error
-        recorded = shard.views[place]
-        width, height = shard.sizes[place] or image.size
-        drawn = View() if epoch == EVALUATION_EPOCH else random_view(rng, width, height, config.views)
+    def _draft(self, course: Course, start: int, part: int) -> _Draft:
+        number = start + part
+        if number not in self._drafts:
+            self._drafts[number] = _Draft(number, course.epoch, course.part(part), self.samples, self.config.pin_memory)
+        return self._drafts[number]
+
+    def _ask_for_chunk(self, course: Course, start: int, places: np.ndarray) -> None:
+        """Have a chunk decompressed into all the micro-batches that hold samples of it."""
+        parts, rows = np.divmod(places, course.size)
+        drafts = [self._draft(course, start, part) for part in parts.tolist()]
+        numbers = course.numbers[places]
+        shard, first = divmod(int(numbers[0]), self.samples.shard_samples)
+        chunk = first // self.samples.chunk_samples
+        inside = (numbers % self.samples.chunk_samples).tolist()
+
+        def read() -> None:
+            wanted = {place: draft.codes_array[row] for place, draft, row in zip(inside, drafts, rows.tolist(), strict=True)}
+            self._shard(shard).read_codes(chunk, wanted)
+            for draft in drafts:
+                draft.got(1)
+
+        self._submit(f"chunk {chunk} of shard {shard}", read, drafts)
+
+    def _ask_for_images(self, draft: _Draft) -> None:
+        draft.prepare_images(self.config)
+        if self.config.images != "none":
+            size = self._piece(draft)
+            for start in range(0, len(draft.numbers), size):
+                draft.awaits(1)
+                rows = range(start, min(start + size, len(draft.numbers)))
+                what = f"sample {self.samples.keys[draft.numbers[start]]!r} and the {len(rows) - 1} after it"
+                self._submit(what, lambda rows=rows: self._read_images(draft, rows), [draft])
+        draft.got(1)
+
+    def _piece(self, draft: _Draft) -> int:
+        """Images that one thread takes at a time."""
+        return max(1, min(32, -(-len(draft.numbers) // self.threads)))
+
+    def _batches_ahead(self, draft: _Draft) -> int:
+        """Enough that every thread has images to decode while the oldest micro-batch is being finished."""
+        return 2 + 2 * self.threads * self._piece(draft) // len(draft.numbers)
+
+    def _submit(self, what: str, call: Callable[[], None], drafts: list[_Draft]) -> None:
+        def tell(future: Future[None]) -> None:
+            if not future.cancelled() and (error := future.exception()):
+                for draft in drafts:
+                    draft.fail(error)
+
+        self.workers.submit(what, call, urgency=drafts[0].number).add_done_callback(tell)
+
+    def _shard(self, number: int) -> OpenShard:
+        opened = self._open.get(number)
+        if opened is None:
+            with self._opening:
+                opened = self._open.get(number)
+                if opened is None:
+                    opened = self._open[number] = self.samples.open(number)
+                    if len(self._open) > 4 * self.config.open_shards:
+                        self._open.pop(next(iter(self._open)))
+        return opened
+
+    def _read_images(self, draft: _Draft, rows: range) -> None:
+        config, numbers = self.config, draft.numbers[rows.start : rows.stop]
+        if config.images == "encoded":
+            assert draft.encoded is not None
+            for row, number in zip(rows, numbers.tolist(), strict=True):
+                shard, place = divmod(number, self.samples.shard_samples)
+                draft.encoded[row] = self._shard(shard).encoded(place)
+                self.workers.sign()
+            return draft.got(1)
+        words = random_words(config.seed, draft.epoch, numbers, VIEW_DRAWS + config.tokens)
+        draft.ids_shuffle.numpy()[rows.start : rows.stop] = words[:, VIEW_DRAWS:].argsort(axis=1)
+        for row, number, draws in zip(rows, numbers.tolist(), uniform(words[:, :VIEW_DRAWS]).tolist(), strict=True):
+            self._cut_image(draft, row, number, draws)
+            self.workers.sign()
+        return draft.got(1)
+
+    def _cut_image(self, draft: _Draft, row: int, number: int, draws: list[float]) -> None:
+        shard, place = divmod(number, self.samples.shard_samples)
+        opened = self._shard(shard)
+        pixels, recorded = opened.pixels(place), opened.view(place)
+        height, width = pixels.shape[:2]
+        drawn = View() if draft.epoch == EVALUATION_EPOCH else random_view(draws, width, height, self.config.views)
         view = recorded or drawn
-        return _Row(
-            pixels=crop_image(image, view, config.image_size),
-            codes=None if shard.codes is None else shard.codes[place],
-            # A recorded view's embedding is already that of the view.
-            cut=View() if recorded else view,
-            order=order,
-            teacher_pixels=crop_image(image, view, config.teacher_size, interpolation=config.teacher_interpolation)
-            if config.teacher_size
-            else None,
-        )
+        draft.whole = recorded is None  # the same for all samples
+        draft.boxes.numpy()[row] = view.box
+        draft.flips.numpy()[row] = view.flip
+        assert draft.pixels is not None
+        crop_pixels(pixels, view, draft.pixels[row])
+        if draft.teacher_pixels is not None and self.config.teacher_size:
+            cut = crop_image(
+                Image.fromarray(pixels), view, self.config.teacher_size, interpolation=self.config.teacher_interpolation
+            )
+            draft.teacher_pixels[row].permute(1, 2, 0).numpy()[:] = cut
 
-    def _collate(self, numbers: np.ndarray, rows: "list[_Row]") -> Batch:
-        codes = [row.codes for row in rows if row.codes is not None]
-        teacher = [row.teacher_pixels for row in rows if row.teacher_pixels is not None]
+    def _finish(self, draft: _Draft) -> Batch:
+        """The batch, once it is complete. Raises LoaderError if it does not come in time."""
+        asked, timeout = time.monotonic(), self.config.timeout
+        keys = [self.samples.keys[number] for number in draft.numbers.tolist()]
+        while not draft.wait(min(1.0, timeout)):
+            waited = time.monotonic() - max(asked, self.workers.last_sign)
+            if waited >= timeout:
+                busy = "; ".join(self.workers.at_work()[:2]) or "no worker is at it"
+                raise LoaderError(
+                    f"the batch of sample {keys[0]!r} and {len(keys) - 1} others did not come, nor anything else for "
+                    f"{waited:.1f} s ({busy}). Check the disk and the network it lies on, or wait longer with --data-timeout; "
+                    "a training goes on from its last checkpoint with --resume."
+                )
         return Batch(
-            samples=numbers,
-            keys=[self.samples.keys[number] for number in numbers.tolist()],
-            pixels=_stack_pixels([row.pixels for row in rows]),
-            codes=torch.from_numpy(np.stack(codes)) if codes else None,
-            boxes=torch.tensor([row.cut.box for row in rows], dtype=torch.float32),
-            flips=torch.tensor([row.cut.flip for row in rows]),
-            ids_shuffle=torch.from_numpy(np.stack([row.order for row in rows])),
-            teacher_pixels=_stack_pixels(teacher) if teacher else None,
+            samples=draft.numbers,
+            keys=keys,
+            pixels=draft.pixels,
+            codes=draft.codes,
+            whole=draft.whole,
+            boxes=draft.boxes,
+            flips=draft.flips,
+            ids_shuffle=draft.ids_shuffle,
+            teacher_pixels=draft.teacher_pixels,
+            encoded=draft.encoded,
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Row:
-    pixels: np.ndarray
-    codes: np.ndarray | None
-    cut: View
-    order: np.ndarray
-    teacher_pixels: np.ndarray | None
-
-
-def _recorded_view(values: list[float]) -> View:
-    x0, y0, x1, y1, flip = values
-    return View((x0, y0, x1, y1), bool(flip))
-
-
-def _stack_pixels(pixels: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-
-
-def split_held_out(keys: Sequence[str], usable: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """(train, held out): bool [samples] each. An image is held out by its key's digest, with all its views, in every run."""
-    if not 0 <= share < 1:
-        raise SamiCacheError(f"--holdout {share:g}: a share of the images between 0 and 1, such as 0.02.")
-    limit = int(share * 2**32)
-    held = np.array([int(digest(key.encode())[:8], 16) < limit for key in keys], bool)
-    return usable & ~held, usable & held
+def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches on `device`. On CUDA each is copied on a stream of its own, while the step before is being computed."""
+    with closing(batches):  # type: ignore[type-var]
+        if device.type != "cuda":
+            yield from batches
+            return
+        copies, steps = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        for batch in batches:
+            with torch.cuda.stream(copies):
+                there = batch.to(device)
+            steps.wait_stream(copies)
+            for value in vars(there).values():
+                if isinstance(value, Tensor):
+                    value.record_stream(steps)
+            yield there

@@ -4,6 +4,7 @@
 system that is gone, a dying disk) would turn every error into a hang.
 """
 
+import itertools
 import queue
 import threading
 import time
@@ -15,6 +16,7 @@ from sami_cache.errors import SamiCacheError
 
 T = TypeVar("T")
 _Task = tuple[Future[Any], str, Callable[..., Any], tuple[Any, ...]]
+_CLOSE = 1 << 62
 
 
 class LoaderError(SamiCacheError):
@@ -22,22 +24,27 @@ class LoaderError(SamiCacheError):
 
 
 class Workers:
-    """`count` daemon threads that take tasks in order."""
+    """`count` daemon threads that take the most urgent task, of equally urgent ones the first."""
 
     def __init__(self, count: int, name: str) -> None:
         self.last_sign = time.monotonic()
         """When a thread last began or finished something, or said with `sign` that it goes on."""
-        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._tasks: queue.PriorityQueue[tuple[int, int, _Task | None]] = queue.PriorityQueue()
+        self._numbers = itertools.count()
         self._busy: dict[str, tuple[str, float]] = {}
-        self._count = count
         self._closed = False
-        for number in range(count):
-            threading.Thread(target=self._work, args=(f"{name}-{number}",), name=f"{name}-{number}", daemon=True).start()
+        names = [f"{name}-{number}" for number in range(count)]
+        self._threads = [threading.Thread(target=self._work, args=(each,), name=each, daemon=True) for each in names]
+        for thread in self._threads:
+            thread.start()
 
-    def submit(self, what: str, call: Callable[..., T], *arguments: Any) -> Future[T]:
-        """Have `call(*arguments)` done; `what` says in an error what it was. Whatever it raises comes as a SamiCacheError."""
+    def submit(self, what: str, call: Callable[..., T], *arguments: Any, urgency: int = 0) -> Future[T]:
+        """Have `call(*arguments)` done, the lower `urgency` first; `what` says in an error what it was.
+
+        Whatever it raises comes as a SamiCacheError.
+        """
         future: Future[T] = Future()
-        self._tasks.put((future, what, call, arguments))
+        self._tasks.put((urgency, next(self._numbers), (future, what, call, arguments)))
         return future
 
     def sign(self) -> None:
@@ -51,13 +58,25 @@ class Workers:
         return [f"{name} at {what} for {now - since:.1f} s" for name, (what, since) in busy]
 
     def close(self) -> None:
-        """Begin nothing more. Does not wait for what is being done."""
-        self._closed = True
-        for _ in range(self._count):
-            self._tasks.put(None)
+        """Begin nothing more, and wait half a second for what is being done.
+
+        A thread that is inside torch when the interpreter ends aborts the process. One that takes longer is left: it waits for
+        a file, which does no harm.
+        """
+        self._closed, deadline = True, time.monotonic() + 0.5
+        for _ in self._threads:
+            self._tasks.put((_CLOSE, next(self._numbers), None))
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _work(self, name: str) -> None:
-        while (task := self._tasks.get()) is not None:
+        while (task := self._tasks.get()[2]) is not None:
             future, what, call, arguments = task
             del task
             if self._closed or not future.set_running_or_notify_cancel():

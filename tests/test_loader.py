@@ -9,9 +9,11 @@ from PIL import Image
 from pipelines.extract import extract
 from pipelines.jobs import ExtractConfig
 from sami_cache.data.sources import open_source
-from sami_cache.data.views import crop_embeddings, crop_image
+from sami_cache.data.views import crop_embeddings, crop_image, mirror
 from sami_cache.errors import DamageError, IdentityError, ImageError, SamiCacheError
-from sami_cache.loader import CacheSamples, Loader, LoaderConfig, SourceSamples, epoch_order, split_held_out
+from sami_cache.loader import Loader, LoaderConfig, on_device
+from sami_cache.order import epoch_order, split_held_out
+from sami_cache.samples import CacheSamples, SourceSamples
 from sami_cache.store.cache import Cache
 
 LITE0 = {"teacher": "efficientnet_lite0", "grid": 4, "shard_samples": 16, "device": "cpu"}
@@ -101,7 +103,6 @@ def test_pixels_and_targets_are_those_of_the_key(folder, samples):
             image = Image.open(folder / "photos" / key).convert("RGB")
             box = (x0 * image.width, y0 * image.height, x1 * image.width, y1 * image.height)
             crop = np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC, box=box)).astype(float)
-            crop = crop[:, ::-1] if batch.flips[index] else crop
             assert np.abs(batch.pixels[index].permute(1, 2, 0).numpy() - crop).mean() < 8  # a second JPEG lies between
 
 
@@ -122,7 +123,8 @@ def test_a_bright_spot_is_where_the_features_say(tmp_path):
         maps = crop_embeddings(maps, batch.boxes, batch.flips, 14)
         background = maps.flatten(2).median(2).values[..., None, None]
         energy = (maps - background).square().sum(1).flatten(1)
-        bright = torch.nn.functional.avg_pool2d(batch.pixels.float().mean(1), 16).flatten(1)
+        seen = mirror(batch.pixels, batch.flips)
+        bright = torch.nn.functional.avg_pool2d(seen.float().mean(1), 16).flatten(1)
         for row in range(8):
             if bright[row].std() > 15:
                 agree[False].append(float(torch.corrcoef(torch.stack([energy[row], bright[row]]))[0, 1]))
@@ -137,14 +139,15 @@ def test_replay_batches_carry_the_recorded_views(folder):
     samples = CacheSamples(Cache(folder / "replay.zarr"))
     rows = samples.cache.table().to_pylist()
     for batch in take(loader(samples).batches(), 3):
-        assert torch.equal(batch.boxes, torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(16, 4))  # the codes are cut already
-        assert not batch.flips.any()
+        assert not batch.whole  # the codes are cut already
         for index, number in enumerate(batch.samples.tolist()):
             *box, flip = rows[number]["view"]
+            assert bool(batch.flips[index]) == bool(flip)
+            assert batch.boxes[index].tolist() == pytest.approx(box)
             image = Image.open(folder / "photos" / rows[number]["key"]).convert("RGB")
             from sami_cache.data.views import View
 
-            crop = crop_image(image, View(tuple(box), bool(flip)), 224).astype(float)
+            crop = crop_image(image, View(tuple(box)), 224).astype(float)
             assert np.abs(batch.pixels[index].permute(1, 2, 0).numpy() - crop).mean() < 8
 
 
@@ -200,7 +203,8 @@ def test_a_source_without_a_cache_serves_the_teachers_view_too(folder):
     (batch,) = take(loader(samples, batch_size=8, teacher_size=96).batches(), 1)
     assert batch.codes is None
     assert batch.teacher_pixels.shape == (8, 3, 96, 96)
-    small = torch.nn.functional.interpolate(batch.pixels.float(), (96, 96), mode="bilinear", antialias=True)
+    seen = mirror(batch.pixels, batch.flips)
+    small = torch.nn.functional.interpolate(seen.float(), (96, 96), mode="bilinear", antialias=True)
     assert (small - batch.teacher_pixels.float()).abs().mean() < 4
     with pytest.raises(ImageError, match=r"'torn\.jpg'"):
         take(loader(SourceSamples(open_source(folder / "photos"))).batches(), 20)
@@ -221,3 +225,80 @@ def test_sizes_that_do_not_fit_are_explained(samples):
         loader(samples, micro_batches=3)
     with pytest.raises(SamiCacheError, match="--batch-size 128 is more than the 90 samples"):
         loader(samples, batch_size=128)
+
+
+def test_what_is_served_may_leave_the_images_out(folder, samples):
+    full, bare, files = (take(loader(samples, images=images).batches(), 7) for images in ("pixels", "none", "encoded"))
+    rows = {row["key"]: number for number, row in enumerate(samples.cache.table().to_pylist())}
+    for a, b, c in zip(full, bare, files, strict=True):
+        assert a.keys == b.keys == c.keys
+        assert torch.equal(a.codes, b.codes)
+        assert torch.equal(a.codes, c.codes)
+        assert (b.pixels, b.encoded, a.encoded, c.pixels) == (None, None, None, None)
+        for key, data in zip(c.keys, c.encoded, strict=True):
+            shard, place = divmod(rows[key], 16)
+            assert [data] == samples.cache.read_jpegs(shard, [place])
+
+
+def test_every_chunk_is_decompressed_once(samples, monkeypatch):
+    from sami_cache.samples import _CacheShard
+
+    read, real = [], _CacheShard.read_codes
+
+    def counting(self, chunk, wanted):
+        read.append((self._first, chunk))
+        real(self, chunk, wanted)
+
+    monkeypatch.setattr(_CacheShard, "read_codes", counting)
+    served = sum(len(batch.keys) for batch in loader(samples, images="none").evaluation(7))
+    assert served == 90
+    assert len(read) == len(set(read)) == -(-90 // samples.chunk_samples)
+
+
+def test_memory_is_bounded_by_the_open_shards(samples):
+    """Two windows of samples are in preparation at most, however long the loader is left alone."""
+    from sami_cache import loader as module
+
+    alive, most, real = 0, 0, module._Draft
+
+    class Draft(real):
+        def __init__(self, *arguments):
+            nonlocal alive, most
+            super().__init__(*arguments)
+            alive += 1
+            most = max(most, alive)
+
+        def __del__(self):
+            nonlocal alive
+            alive -= 1
+
+    module._Draft = Draft
+    try:
+        batches = loader(samples, batch_size=4, open_shards=2, images="none").batches()
+        for _ in range(100):
+            next(batches)
+            assert alive <= (2 * 2 * 16) // 4 + 8
+        batches.close()
+    finally:
+        module._Draft = real
+    assert most > 4
+
+
+def test_batches_reach_a_device_unchanged_and_the_loader_is_closed_with_them(samples):
+    import threading
+
+    plain = take(loader(samples).batches(), 3)
+    given = on_device(loader(samples).batches(), torch.device("cpu"))
+    for a, b in zip(plain, take(given, 3), strict=True):
+        same(a, b)
+    given.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader-") and thread.is_alive()]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_reach_cuda_through_pinned_memory(samples):
+    device = torch.device("cuda")
+    plain = take(loader(samples).batches(), 12)
+    for a, b in zip(plain, take(on_device(loader(samples, pin_memory=True).batches(), device), 12), strict=True):
+        assert b.codes.device.type == b.pixels.device.type == "cuda"
+        same(a, b.to(torch.device("cpu")))

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from sami_cache.data.views import (
+    VIEW_DRAWS,
     View,
     ViewConfig,
     crop_embeddings,
@@ -40,7 +41,7 @@ def test_dense_targets_are_where_they_say(width, height, grid):
     rng = np.random.default_rng(width * 10_000 + height)
     worst = 0.0
     for _ in range(20):
-        view = random_view(rng, width, height)
+        view = random_view(rng.random(VIEW_DRAWS), width, height)
         crop = crop_embeddings(dense, torch.tensor([view.box]).double(), torch.tensor([view.flip]), tokens)[0]
         x0, y0, x1, y1 = view.box
         steps = (np.arange(tokens) + 0.5) / tokens
@@ -102,7 +103,7 @@ def test_random_views_follow_torchvision():
 
     rng, config = np.random.default_rng(0), ViewConfig()
     width, height, draws = 500, 375, 20_000
-    ours = np.array([random_view(rng, width, height, config).box for _ in range(draws)])
+    ours = np.array([random_view(rng.random(VIEW_DRAWS), width, height, config).box for _ in range(draws)])
     blank = torch.zeros(1, height, width)
     torch.manual_seed(0)
     theirs = np.array([RandomResizedCrop.get_params(blank, list(config.scale), list(config.ratio)) for _ in range(draws)])
@@ -110,7 +111,7 @@ def test_random_views_follow_torchvision():
     theirs = np.stack([x / width, y / height, (x + w) / width, (y + h) / height], 1)
     for moment in (np.mean, np.std):
         assert np.abs(moment(ours, 0) - moment(theirs, 0)).max() < 0.01
-    flips = sum(random_view(rng, width, height).flip for _ in range(4000))
+    flips = sum(random_view(rng.random(VIEW_DRAWS), width, height).flip for _ in range(4000))
     assert 1850 < flips < 2150
 
 
@@ -118,7 +119,7 @@ def test_random_views_follow_torchvision():
 def test_random_views_stay_inside(width, height):
     rng = np.random.default_rng(1)
     for _ in range(200):
-        x0, y0, x1, y1 = random_view(rng, width, height).box
+        x0, y0, x1, y1 = random_view(rng.random(VIEW_DRAWS), width, height).box
         assert 0 <= x0 < x1 <= 1
         assert 0 <= y0 < y1 <= 1
 
@@ -126,9 +127,9 @@ def test_random_views_stay_inside(width, height):
 def test_views_do_not_depend_on_the_images_before():
     """The draw uses a fixed count of random numbers, so a changed image changes its own views only."""
     rng_a, rng_b = np.random.default_rng(7), np.random.default_rng(7)
-    random_view(rng_a, 5000, 10)
-    random_view(rng_b, 200, 200)
-    assert random_view(rng_a, 640, 480) == random_view(rng_b, 640, 480)
+    random_view(rng_a.random(VIEW_DRAWS), 5000, 10)
+    random_view(rng_b.random(VIEW_DRAWS), 200, 200)
+    assert random_view(rng_a.random(VIEW_DRAWS), 640, 480) == random_view(rng_b.random(VIEW_DRAWS), 640, 480)
 
 
 def test_letterbox_rounds_as_sam_does():

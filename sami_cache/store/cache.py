@@ -21,7 +21,6 @@ from sami_cache.store.files import (
     as_damage,
     canonical_json,
     digest,
-    open_to_read,
     parse_sealed_json,
     read_file,
     reading,
@@ -36,7 +35,8 @@ from sami_cache.store.head import (
     metadata_files,
     read_attributes,
 )
-from sami_cache.store.shards import ShardFile, ShardLayout, crc32c
+from sami_cache.store.images import ImageFile
+from sami_cache.store.shards import ShardFile, ShardLayout
 
 TARGET_SHARD_BYTES = 34_000_000
 TARGET_CHUNK_BYTES = 820_000
@@ -215,7 +215,7 @@ class Cache:
 
     def open_codes(self, shard: int) -> ShardFile:
         """The shard's file, its presence and size already checked. Raises DamageError."""
-        self._check_process()
+        self.check_process()
         record, name = self.record(shard), self.shard_files(shard)[0]
         return ShardFile(self.path / name, self.layout, record.files[name].size, record.chunk_crc32c)
 
@@ -235,26 +235,11 @@ class Cache:
 
     def read_jpegs(self, shard: int, indices: Sequence[int] | None = None) -> list[bytes | None]:
         """The JPEGs of samples of a shard (all by default), each checked; None where a sample has none. Raises DamageError."""
-        self._check_process()
+        self.check_process()
         record, (_, name) = self.record(shard), self.shard_files(shard)
-        path = self.path / name
-        jpegs: list[bytes | None] = []
-        descriptor = open_to_read(path)
-        try:
-            for index in range(len(record.samples)) if indices is None else indices:
-                sample = record.samples[index]
-                if sample.jpeg is None:
-                    jpegs.append(None)
-                    continue
-                offset, size, checksum = sample.jpeg
-                with reading(path):
-                    data = os.pread(descriptor, size, offset)
-                if len(data) != size or crc32c(data) != checksum:
-                    raise DamageError(f"{path}: the image of {sample.key!r} does not match its crc32c")
-                jpegs.append(data)
-        finally:
-            os.close(descriptor)
-        return jpegs
+        chosen = record.samples if indices is None else [record.samples[index] for index in indices]
+        with ImageFile(self.path / name, record.files[name].size) as file:
+            return [None if sample.jpeg is None else file.read(sample.jpeg, sample.key) for sample in chosen]
 
     def records(self) -> Iterator[Record]:
         """All commit records, in order, read one at a time."""
@@ -311,7 +296,8 @@ class Cache:
                 + "\nRepeat the settings it has to continue it, or give another --cache to make a new one."
             )
 
-    def _check_process(self) -> None:
+    def check_process(self) -> None:
+        """Raise SamiCacheError after a fork: what this process has open is shared with its parent."""
         if os.getpid() != self._process:
             raise SamiCacheError(
                 f"{self.path}: this cache was opened before a fork. Open it again in the child, or start workers with the "

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from blake3 import blake3
 
@@ -106,6 +106,45 @@ def open_to_read(path: Path) -> int:
         os.close(descriptor)
         raise DamageError(f"{path}: is not a regular file")
     return descriptor
+
+
+class OpenFile:
+    """A regular file of a known size, open for reading until it is closed or nobody holds it any more. Thread-safe."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        """Open `path`. Raises DamageError if it is not there or does not hold exactly `size` bytes."""
+        self.path, self._descriptor = path, -1
+        self._descriptor = open_to_read(path)
+        actual = os.fstat(self._descriptor).st_size
+        if actual != size:
+            raise DamageError(f"{path}: {actual} bytes, its commit record says {size}")
+
+    def read_at(self, offset: int, count: int, where: Path | str) -> bytes:
+        """`count` bytes from `offset` on. Raises DamageError that names `where`."""
+        with reading(where):
+            data = os.pread(self._descriptor, count, offset)
+        if len(data) != count:
+            raise DamageError(f"{where}: {len(data)} bytes read, {count} expected")
+        return data
+
+    def expect(self) -> None:
+        """Have the system read the whole file ahead, where it can: pieces in any order are then no slower than the disk."""
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):
+                os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    __del__ = close
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def read_file(path: Path, at_most: int = 1 << 26) -> bytes:

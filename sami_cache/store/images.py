@@ -4,11 +4,14 @@ Offsets and checksums stand in the commit record, so one image is one `pread` an
 (a cold memory map of the same file is 40 times slower).
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 
+from sami_cache.errors import DamageError
+from sami_cache.store.files import OpenFile
 from sami_cache.store.shards import crc32c
 
 SCHEMA = pa.schema([("key", pa.string()), ("source", pa.string()), ("jpeg", pa.binary()), ("crc32c", pa.uint32())])
@@ -50,3 +53,15 @@ def locate_images(data: bytes) -> dict[str, tuple[str, list[int]]]:
         raise ValueError("an image does not match its crc32c")
     keys, sources = batch.column("key").to_pylist(), batch.column("source").to_pylist()
     return {key: (source, place) for key, source, place in zip(keys, sources, places, strict=True)}
+
+
+class ImageFile(OpenFile):
+    """An open image file of a shard. Thread-safe."""
+
+    def read(self, place: Sequence[int], key: str) -> bytes:
+        """The JPEG of the sample `key`; `place`: the record's [offset, size, crc32c]. Raises DamageError."""
+        offset, size, checksum = place
+        data = self.read_at(offset, size, self.path)
+        if crc32c(data) != checksum:
+            raise DamageError(f"{self.path}: the image of {key!r} does not match its crc32c")
+        return data

@@ -11,7 +11,6 @@ https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/
 """
 
 import math
-import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import numpy as np
 import zstandard
 
 from sami_cache.errors import DamageError
-from sami_cache.store.files import open_to_read, reading
+from sami_cache.store.files import OpenFile
 
 MAX_SHARD_SAMPLES = 1 << 15
 MAX_SHARD_BYTES = 1 << 31
@@ -216,8 +215,8 @@ def _scratch(size: int) -> memoryview:
     return memoryview(_local.scratch)[:size]
 
 
-class ShardFile:
-    """An open shard file: reads any of its inner chunks. Thread-safe; opened and closed by the caller."""
+class ShardFile(OpenFile):
+    """An open shard file: reads any of its inner chunks. Thread-safe."""
 
     def __init__(self, path: Path, layout: ShardLayout, size: int, checksums: list[int]) -> None:
         """Open `path`, which must hold exactly `size` bytes. Raises DamageError.
@@ -225,19 +224,11 @@ class ShardFile:
         Args:
             size, checksums: of the file and of its chunks, from the commit record.
         """
-        self.path, self.layout, self.checksums = path, layout, checksums
-        self.descriptor = open_to_read(path)
-        try:
-            actual = os.fstat(self.descriptor).st_size
-            if actual != size:
-                raise DamageError(f"{path}: {actual} bytes, its commit record says {size}")
-            data_bytes = size - layout.index_bytes
-            with reading(path):
-                tail = os.pread(self.descriptor, layout.index_bytes, max(0, data_bytes))
-            self.index = parse_index(tail, layout, data_bytes, str(path))
-        except BaseException:
-            os.close(self.descriptor)
-            raise
+        super().__init__(path, size)
+        self.layout, self.checksums = layout, checksums
+        data_bytes = size - layout.index_bytes
+        tail = self.read_at(max(0, data_bytes), min(size, layout.index_bytes), path)
+        self.index = parse_index(tail, layout, data_bytes, str(path))
 
     def read_chunk(self, chunk: int, wanted: Mapping[int, np.ndarray]) -> None:
         """Check inner chunk `chunk` and copy samples of it as `unpack_chunk` does. Raises DamageError."""
@@ -245,10 +236,7 @@ class ShardFile:
         where = f"{self.path}, chunk {chunk}"
         if offset < 0 or chunk >= len(self.checksums):
             raise DamageError(f"{where}: absent from the shard")
-        with reading(where):
-            packed = os.pread(self.descriptor, count, offset)
-        if len(packed) != count:
-            raise DamageError(f"{where}: {len(packed)} bytes read, the index says {count}")
+        packed = self.read_at(offset, count, where)
         unpack_chunk(packed, self.layout, self.checksums[chunk], wanted, where)
 
     def read(self, samples: int) -> np.ndarray:
@@ -258,12 +246,3 @@ class ShardFile:
         for start in range(0, samples, step):
             self.read_chunk(start // step, dict(enumerate(out[start : start + step])))
         return out
-
-    def close(self) -> None:
-        os.close(self.descriptor)
-
-    def __enter__(self) -> "ShardFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

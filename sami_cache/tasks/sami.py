@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sami_cache.data.views import crop_embeddings, valid_region
+from sami_cache.data.views import crop_embeddings, mirror, valid_region
 from sami_cache.errors import SamiCacheError
-from sami_cache.loader import Batch, Loader
+from sami_cache.loader import Batch, Loader, on_device
 from sami_cache.losses import Kind, Tokens, feature_loss
 from sami_cache.models.students import SAMI, patch_targets
 from sami_cache.models.teachers import Teacher
@@ -62,8 +62,10 @@ class CacheTargets(nn.Module):
         super().__init__()
         self.channels = codec.directions
         self.scale = float(np.sqrt(codec.variance))
-        for name in ("basis", "mean", "dct", "step"):
+        for name in ("basis", "mean", "dct"):
             self.register_buffer(name, torch.from_numpy(getattr(codec, name).copy()))
+        self.register_buffer("step", torch.from_numpy(codec.step / self.scale))
+        self.register_buffer("box", torch.tensor([0.0, 0.0, 1.0, 1.0]))
         self._rows = len(codec.rows)
         for digit, rows in enumerate(codec.rows):
             self.register_buffer(f"rows_{digit}", torch.from_numpy(rows))
@@ -74,6 +76,8 @@ class CacheTargets(nn.Module):
             raise SamiCacheError("these samples come without a teacher's features: give a cache, or --teacher-online.")
         device = pixels.device
         boxes, flips = batch.boxes.to(device, non_blocking=True), batch.flips.to(device, non_blocking=True)
+        if not batch.whole:  # what the teacher saw was the view
+            boxes, flips = self.get_buffer("box").expand_as(boxes), torch.zeros_like(flips)
         coefficients = self._coefficients(batch.codes.to(device, non_blocking=True))
         blocks = torch.eye(batch.codes.shape[-1], device=device)
         synthesis = torch.kron(blocks, self.get_buffer("dct").T.contiguous())
@@ -83,7 +87,7 @@ class CacheTargets(nn.Module):
         """Codes [B, kept, m, m] as coefficients, divided by `scale`, each block in its place: [B, directions, grid, grid]."""
         block = len(self.get_buffer("dct"))
         values = codes.new_zeros(len(codes), self.channels * block * block, *codes.shape[2:], dtype=torch.float32)
-        step = self.get_buffer("step") / self.scale
+        step = self.get_buffer("step")
         for digit in range(self._rows):
             rows = self.get_buffer(f"rows_{digit}")
             # Each digit's coefficients are distinct, so that this gives the same bits on every device.
@@ -174,7 +178,7 @@ class SAMITask:
         self._std = torch.tensor(IMAGENET_STD, device=device)[:, None, None] * 255
 
     def batches(self, start_step: int) -> Iterator[Batch]:
-        return self.train.batches(start_step)
+        return on_device(self.train.batches(start_step), self.device)
 
     def loss(self, model: nn.Module, batch: Batch, device: torch.device) -> dict[str, Tensor]:
         prediction, target, mask = self.predict(model, batch)
@@ -184,7 +188,9 @@ class SAMITask:
 
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(prediction, target, mask) of a batch: [B, N, channels] twice, and bool [B, N], True = masked."""
-        pixels = (batch.pixels.to(self.device, non_blocking=True).float() - self._mean) / self._std
+        assert batch.pixels is not None
+        pixels, flips = (value.to(self.device, non_blocking=True) for value in (batch.pixels, batch.flips))
+        pixels = (mirror(pixels, flips).float() - self._mean) / self._std
         ids = batch.ids_shuffle.to(self.device, non_blocking=True)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             target = self.targets(batch, pixels, self.grid)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from training_reads import shard_read
 
 import pipelines.jobs
 from pipelines.diff import diff_caches
@@ -24,10 +25,10 @@ from pipelines.verify import VerifyConfig, verify
 from sami_cache.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from sami_cache.data.sources import open_source
 from sami_cache.errors import ImageError, SamiCacheError
-from sami_cache.loader import CacheSamples
 from sami_cache.models.teachers import load_teacher
 from sami_cache.models.weights import read_state
 from sami_cache.runs import open_run
+from sami_cache.samples import CacheSamples
 from sami_cache.store.cache import Cache
 from sami_cache.store.commits import OK
 
@@ -178,7 +179,7 @@ def _cache(log: Log, path: Path, cache: Path, good: Path) -> None:
 def _load_all(cache: Cache) -> None:
     samples = CacheSamples(cache)
     for shard in range(min(cache.shards, 4)):
-        samples.load(shard)
+        shard_read(samples, shard)
 
 
 def _weights(log: Log, path: Path, cache: Path, good: Path) -> None:

@@ -291,8 +291,8 @@ MUTANTS = (
     Mutant(
         "a stuck worker is waited for",
         LOADER,
-        "                if waited < self.config.timeout:",
-        "                if True:",
+        "            if waited >= timeout:",
+        "            if False:",
         (WORKERS,),
     ),
     Mutant(

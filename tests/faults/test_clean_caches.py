@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -20,9 +21,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_identity, make_samples, teacher_like
+from training_reads import shard_read
 
 from pipelines.verify import VerifyConfig, verify
-from sami_cache.loader import CacheSamples
+from sami_cache.samples import CacheSamples
 from sami_cache.store.cache import Cache, choose_layout
 from sami_cache.store.commits import Sample
 from sami_cache.store.creation import create_cache
@@ -164,7 +166,7 @@ def use(path: Path, state: str, busy: Event, enough: Event) -> None:
             assert verify_cache(path, level="deep").clean
         else:
             cache = Cache(path)
-            read = CacheSamples(cache).load if cache.has_images else cache.read_codes
+            read = partial(shard_read, CacheSamples(cache)) if cache.has_images else cache.read_codes
             for shard in range(cache.shards):
                 read(shard)
         busy.set()

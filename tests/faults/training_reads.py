@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from sami_cache.errors import SamiCacheError
-from sami_cache.loader import CacheSamples
+from sami_cache.samples import CacheSamples
 from sami_cache.store.cache import Cache
 
 
@@ -18,9 +20,15 @@ def training_read(path: Path) -> list[object]:
 
 
 def shard_read(samples: CacheSamples, shard: int) -> list[object]:
-    loaded = samples.load(shard)
-    decoded = samples.cache.codec.decode(loaded.codes)
-    return [loaded.codes.tobytes(), decoded.tobytes(), loaded.images, loaded.views, loaded.sizes]
+    opened, numbers = samples.open(shard), samples.cache.shard_samples(shard)
+    codes = np.empty((len(numbers), *samples.codes_shape), samples.codes_dtype)
+    step = samples.chunk_samples
+    for start in range(0, len(codes), step):
+        opened.read_codes(start // step, dict(enumerate(codes[start : start + step])))
+    usable = np.flatnonzero(samples.usable[numbers.start : numbers.stop]).tolist()
+    images = [opened.encoded(place) for place in usable]
+    views = [opened.view(place) for place in usable]
+    return [codes.tobytes(), samples.cache.codec.decode(codes).tobytes(), images, views]
 
 
 def outcome(path: Path, right: list[object]) -> str:
