@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 from sami_cache.errors import Interrupted, SamiCacheError
 
 if TYPE_CHECKING:  # the command line starts without torch
-    from torch.distributed import Store
+    from torch.distributed.distributed_c10d import Store
 
 PATIENCE = 5.0
 """Seconds that a rank waits for others: to hear of them before it names one, and for the culprit to leave before it leaves."""
@@ -35,7 +35,7 @@ class Peers:
     """What the ranks of a job know of each other's end."""
 
     def __init__(self, store: "Store", rank: int, world: int):
-        from torch.distributed import PrefixStore
+        from torch.distributed.distributed_c10d import PrefixStore
 
         self._store, self._rank, self._others = PrefixStore("sami-cache", store), rank, set(range(world)) - {rank}
         self._store.set(f"who/{rank}", f"{socket.gethostname()} {os.getpid()}")
@@ -57,7 +57,7 @@ class Peers:
         except RuntimeError:  # the store is gone with the process that kept it: better said by every rank than by none
             dead, speaks = set(), True
         if not lost and speaks:
-            _tell_torchrun(error)
+            _tell_torchrun()
             return error
         names = ", ".join(self._name(rank) for rank in sorted(dead)) or "another process of this job"
         message = f"{names} died without a word, killed or out of memory; torchrun says by which signal or exit code"
@@ -142,9 +142,9 @@ def _failed_together(error: BaseException) -> bool:
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
-def _tell_torchrun(error: BaseException) -> None:
-    """In its own words torchrun would say that we gave no reason."""
-    text = f"{type(error).__name__}: {error}"
+def _tell_torchrun() -> None:
+    """Its report says otherwise that there is no reason to be had."""
+    text = "said above, in the line that begins with 'sami-cache:'"
     content = {"message": {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}}
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from sami_cache.errors import Interrupted, SamiCacheError
 from sami_cache.peers import Peers, under_torchrun
@@ -39,7 +40,7 @@ def distributed(device: str = "auto") -> Iterator[torch.device]:
     if not under_torchrun():
         yield chosen
         return
-    store, rank, world = next(dist.rendezvous("env://"))
+    store, rank, world = next(rendezvous("env://"))
     peers = Peers(store, rank, world)
     failed = True
     try:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass
+from inspect import signature
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
@@ -61,7 +62,7 @@ class Task(Protocol):
         ...
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Held-out metrics, in eval mode without gradients. Every rank is asked, and may do a share; rank 0's answer is logged."""
+        """Held-out metrics, in eval mode without gradients. Every rank is asked, perhaps for a share; rank 0's is logged."""
         ...
 
 
@@ -341,10 +342,12 @@ class Trainer:
         if self.world > 1:
             places = [self.device] if self.device.type == "cuda" else None
             # Gradients lie where they are summed, instead of being copied there. Buffers are not sent round at every step: rank
-            # 0's are the ones that are saved.
-            self._ddp = DistributedDataParallel(
-                self.task.model, device_ids=places, gradient_as_bucket_view=True, broadcast_buffers=False
-            )
+            # 0's are the ones that are saved. (The option's name is torch 2.15's, before that it was the other.)
+            known = signature(DistributedDataParallel).parameters
+            buffers: dict[str, Any] = {
+                "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+            }
+            self._ddp = DistributedDataParallel(self.task.model, device_ids=places, gradient_as_bucket_view=True, **buffers)
         model = self._ddp or self.task.model
         return torch.compile(model) if self.config.compile else model  # type: ignore[return-value]
 

@@ -1,4 +1,4 @@
-"""Run as a script, perhaps by torchrun: the real `sami-cache train` with a tiny student, noting samples, dying where it is told.
+"""Run as a script, perhaps by torchrun: the real `sami-cache train` with a tiny student: notes samples, dies where it is told.
 
 `rank.py OPTIONS ARGUMENT...`, where OPTIONS is JSON: {"journal": file, "rank": 1, "step": 7, "how": "SIGKILL"}.
 """

@@ -1,10 +1,11 @@
-"""torchrun for real: several processes train as one, go on in another number, and end with one message when one of them dies."""
+"""torchrun for real: processes train as one, go on in another number, and end with one message when one of them dies."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,9 @@ class Jobs:
         lite0 = {"teacher": "efficientnet_lite0", "grid": 4, "shard_samples": 8, "device": "cpu"}
         extract(ExtractConfig(data=folder / "photos", cache=folder / "cache.zarr", **lite0))
 
-    def run(self, name: str, processes: int, launcher: list[str] | None = None, **options: object):
+    def run(self, name: str, processes: int, launcher: list[str] = TORCHRUN, more: Sequence[str] = (), **options: object):
         """Start or continue the run `name`; `options` for `rank.py`."""
-        launcher = launcher or ([*TORCHRUN, str(processes)] if processes > 1 else [sys.executable])
+        launcher = [*launcher, str(processes)] if processes > 1 else [sys.executable]
         given = {"batch-size": 12, "micro-batch": 3, "holdout": 0.15, "base-lr": 0.02, "decoder-depth": 1, "decoder-width": 32}
         given |= {"cache": self.folder / "cache.zarr", "run-dir": self.folder / name, "student": "vit_t", "device": "cpu"}
         given |= {"steps": STEPS, "log-every": 1, "checkpoint-every": 2, "evaluate-every": 5, "warmup-epochs": 0}
@@ -39,7 +40,7 @@ class Jobs:
         told = json.dumps({"journal": str(self.folder / f"{name}.jsonl"), **options})
         environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
         return subprocess.run(
-            [*launcher, str(ROOT / "tests" / "rank.py"), told, "train", "--resume", *arguments],
+            [*launcher, str(ROOT / "tests" / "rank.py"), told, "train", "--resume", *arguments, *more],
             check=False,
             capture_output=True,
             text=True,
@@ -75,6 +76,9 @@ class Jobs:
     def assert_same(self, name: str, other: str) -> None:
         """The same samples in every step, and what came of them up to the order of sums."""
         assert self.samples(name) == self.samples(other)
+        self.assert_same_end(name, other)
+
+    def assert_same_end(self, name: str, other: str) -> None:
         for found, expected in zip(self.lines(name), self.lines(other), strict=True):
             shared = {key for key in expected if key == "lr" or key.startswith(("loss", "heldout", "step"))}
             assert {key: found[key] for key in shared} == pytest.approx({key: expected[key] for key in shared}, rel=1e-4)
@@ -99,8 +103,9 @@ def test_one_process_sees_every_sample_once_an_epoch(jobs):
     assert list(samples) == list(range(STEPS))
     assert epoch == 3
     for first in range(0, STEPS, epoch):
-        seen = sum((samples[step] for step in range(first, min(first + epoch, STEPS))), [])
-        assert len(seen) == len(set(seen)) == 12 * len(range(first, min(first + epoch, STEPS)))
+        steps = range(first, min(first + epoch, STEPS))
+        seen = [sample for step in steps for sample in samples[step]]
+        assert len(seen) == len(set(seen)) == 12 * len(steps)
     weights = load_newest(jobs.folder / "one" / "checkpoints").model.values()
     assert max(float(weight.abs().max()) for weight in weights) > 100 * TOLERANCE
 
@@ -125,3 +130,65 @@ def test_a_run_goes_on_in_another_number_of_processes(jobs, numbers):
     starts = zip([0, *(step + 1 for step in stops)], numbers, strict=True)
     assert jobs.config(name)["starts"] == [{"step": s, "processes": n, "accumulate": parts[n]} for s, n in starts]
     assert jobs.config(name)["config"]["train"]["accumulate"] == parts[numbers[-1]]
+
+
+# --- a process dies -------------------------------------------------------------------------------------------------
+
+GOES_ON = r"stopped at step 7; last checkpoint: step 6\. The same command with --resume goes on from there"
+DEATHS = {
+    "SIGKILL": (r"rank 1 of 2 \(pid \d+ on \S+\) died without a word, killed or out of memory.*\. " + GOES_ON, -9),
+    "exit": (r"rank 1 of 2 \(pid \d+ on \S+\) died without a word, killed or out of memory.*\. " + GOES_ON, 7),
+    "loader": (r"rank 1 of 2 \(pid \d+ on \S+\): sample 'photo-7' did not come\. " + GOES_ON, 2),
+    "bug": (r"rank 1 of 2 \(pid \d+ on \S+\): ValueError: a bug of a step\. " + GOES_ON + ": this is a bug in sami-cache.*", 2),
+}
+
+
+@pytest.mark.parametrize("how", DEATHS)
+def test_a_process_that_dies_ends_the_job_with_one_message(jobs, how):
+    name = f"dies-of-{how}"
+    ended = jobs.run(name, 2, rank=1, step=7, how=how)
+    expected, code = DEATHS[how]
+    ours, torchruns = split(ended.stderr)
+    assert ended.returncode != 0
+    messages = [line for line in ours if line.startswith("sami-cache: ")]
+    assert len(messages) == 1, ended.stderr
+    assert re.fullmatch(f"sami-cache: {expected}", messages[0])
+    others = [line for line in ours if not re.match(r"step \d+/11 |/\S*: vit_t, |sami-cache: ", line)]
+    if how == "bug":  # the one traceback is the culprit's, because we want to see it
+        assert others[0].startswith("Traceback")
+        assert others.count(others[0]) == 1
+        assert "ValueError: a bug of a step" in others
+    else:
+        assert others == []
+    assert "gloo" not in ended.stderr
+    root = torchruns[torchruns.index("Root Cause") :]
+    assert re.search(rf"rank +: 1 .*\n +exitcode +: {code} ", root), "torchrun takes the one that died for the cause"
+    if how == "SIGKILL":
+        jobs.finish(name, 3)
+        jobs.assert_same_end(name, "one")
+
+
+@pytest.mark.parametrize(("how", "code", "by"), [("SIGKILL", 137, "signal SIGKILL"), ("loader", 2, "exit code 2")])
+def test_our_torchrun_adds_one_line(jobs, how, code, by):
+    launcher = [sys.executable, "-m", "cli.torchrun", "--standalone", "--nproc-per-node"]
+    ended = jobs.run(f"line-{how}", 2, launcher=launcher, rank=1, step=7, how=how)
+    lines = [line for line in ended.stderr.splitlines() if not re.match(r"step \d+/11 |/\S*: vit_t, ", line)]
+    assert len(lines) == 2, ended.stderr
+    assert re.fullmatch(f"sami-cache: {DEATHS[how][0]}", lines[0])
+    assert re.fullmatch(rf"torchrun: rank 1 \(pid \d+\) ended first, by {by}", lines[1])
+    assert ended.returncode == code
+
+
+def test_what_all_processes_find_wrong_is_said_once(jobs):
+    refused = jobs.run("one", 2, more=["--mask-ratio", "0.5"])
+    assert refused.returncode != 0
+    messages = [line for line in split(refused.stderr)[0] if line.startswith("sami-cache: ")]
+    assert len(messages) == 1
+    assert "sami.mask_ratio: 0.75 in the run, 0.5 now" in messages[0]
+
+
+def split(stderr: str) -> tuple[list[str], str]:
+    """What our processes said, line by line, and torchrun's own report of the end."""
+    found = re.search(r"^(?:[WE]\d+ .*\n)+", stderr, re.MULTILINE)
+    assert found, stderr
+    return stderr[: found.start()].splitlines(), stderr[found.start() :]
