@@ -1,16 +1,16 @@
 """`python -m cli.torchrun` is torchrun, with the same options; but how a job ended takes it one line instead of forty."""
 
-import os
+import logging
 import sys
 
 
 def main() -> None:
     """Run torchrun; exit with the code of the process that ended first (128 + the signal's number where one ended it)."""
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # read when torch's launcher is imported
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    logging.disable(logging.ERROR)  # what ends the launcher is raised besides
     try:
         run(parse_args(sys.argv[1:]))
     except SignalException as stopped:  # the processes got it too, and have said what there is to say
