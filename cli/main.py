@@ -1,7 +1,7 @@
 """The command line: parse, call a stage, show progress, translate errors. No logic lives here.
 
-Exit codes: 0 done; 1 damage or difference found; 2 could not do it; 3 the disk is full; 130 and 143 interrupted
-(Ctrl-C, SIGTERM), with a state that the same command continues.
+Exit codes: 0 done; 1 damage or difference found; 2 could not do it; 3 the disk is full; 4 another process of the job ended;
+130 and 143 interrupted (Ctrl-C, SIGTERM), with a state that the same command continues.
 """
 
 import signal
@@ -13,6 +13,7 @@ import typer
 import sami_cache
 from cli import cache_commands, inspect_command, train_commands
 from sami_cache.errors import Interrupted, SamiCacheError
+from sami_cache.peers import PeerError, leave, this_rank, under_torchrun
 
 app = typer.Typer(
     name="sami-cache",
@@ -47,19 +48,38 @@ def main() -> None:
     # A stage that holds something handles signals itself; outside of it there is nothing to finish.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        _run()
+    except SystemExit as end:
+        if under_torchrun():
+            leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+
+
+def _run() -> None:
+    try:
         app()
+    except PeerError as error:
+        sys.exit(error.exit_code)
     except Interrupted as error:
         sys.exit(_fail(str(error), error.exit_code))
     except SamiCacheError as error:
-        sys.exit(_fail(str(error), error.exit_code))
+        sys.exit(_fail(_of_this_rank(error), error.exit_code))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted.", 130))
     except OSError as error:
         sys.exit(_fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 2))
-    except Exception:
+    except Exception as error:
         # Exit code 1 means damage, which a crash of ours must not claim.
         traceback.print_exc()
-        sys.exit(_fail("this is a bug in sami-cache, not in your data; please report it with the lines above.", 2))
+        bug = "this is a bug in sami-cache, not in your data; please report it with the lines above."
+        sys.exit(_fail(f"{_of_this_rank(error)}: {bug}" if under_torchrun() else bug, 2))
+
+
+def _of_this_rank(error: Exception) -> str:
+    """What an error says; of one process of several also which one it is, and how far it came."""
+    text = str(error) if isinstance(error, SamiCacheError) else f"{type(error).__name__}: {error}"
+    said = ". ".join([text.removesuffix("."), *getattr(error, "__notes__", [])])
+    return f"{this_rank()}: {said}" if under_torchrun() else str(error)
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from pipelines.embedding import PRECISIONS
@@ -179,9 +180,10 @@ def prepare(config: TrainingConfig, device: torch.device) -> Prepared:
         decoder_depth=config.decoder_depth,
         keys_values=config.keys_values,
     )
-    task = SAMITask(
-        model, targets, loader, Loader(samples, held, _for_evaluation(loader_config)) if held.any() else None, sami, device
-    )
+    share = np.zeros_like(held)
+    share[np.array_split(np.flatnonzero(held), world)[rank]] = True
+    held_out = Loader(samples, share, _for_evaluation(loader_config)) if share.any() else None
+    task = SAMITask(model, targets, loader, held_out, sami, device)
     settings = {
         "student": config.student,
         "target": config.target,

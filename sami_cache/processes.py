@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from sami_cache.errors import Interrupted, SamiCacheError
+from sami_cache.peers import Peers, under_torchrun
 
 T = TypeVar("T")
 GRACE = 20.0
@@ -23,7 +25,11 @@ GRACE = 20.0
 
 @contextmanager
 def distributed(device: str = "auto") -> Iterator[torch.device]:
-    """The device to train on; under torchrun also the process group (nccl on CUDA, gloo on the CPU) while the block runs."""
+    """The device to train on; under torchrun also the process group (nccl on CUDA, gloo on the CPU) while the block runs.
+
+    Where several processes run, what ends the block on one of them becomes a `PeerError` on the others, silent on all but one
+    of the ranks (see peers.py). Leave such a process with `peers.leave`.
+    """
     keep_freed_memory()
     chosen = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if chosen.type == "cuda":
@@ -31,15 +37,26 @@ def distributed(device: str = "auto") -> Iterator[torch.device]:
         if chosen.index >= torch.cuda.device_count():
             raise SamiCacheError(f"{chosen} asked for, {torch.cuda.device_count()} CUDA devices found: start fewer or use cpu")
         torch.cuda.set_device(chosen)
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if not under_torchrun():
         yield chosen
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    store, rank, world = next(rendezvous("env://"))
+    peers = Peers(store, rank, world)
+    failed = True
     try:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
         yield chosen
         dist.barrier()  # without it gloo aborts, every other time, in the rank whose peer has already left
+        failed = False
+    except BaseException as error:
+        ending = peers.ended(error)
+        if ending is error:
+            raise
+        raise ending from error
     finally:
-        dist.destroy_process_group()
+        # nccl would wait here for the peer that is gone.
+        if dist.is_initialized() and not (failed and chosen.type == "cuda"):
+            dist.destroy_process_group()
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -63,6 +80,15 @@ def average(metrics: Mapping[str, Tensor], device: torch.device) -> dict[str, fl
         dist.all_reduce(stacked)
         stacked /= dist.get_world_size()
     return dict(zip(metrics, stacked.tolist(), strict=True))
+
+
+def totals(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Sums over the ranks, in float64; every rank must ask, with the same names."""
+    if rank_and_world()[1] == 1:
+        return dict(values)
+    shared = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(shared)
+    return dict(zip(values, shared.tolist(), strict=True))
 
 
 def from_first_rank(ask: Callable[[], T], device: torch.device) -> T:

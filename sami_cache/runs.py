@@ -1,6 +1,7 @@
 """The directory of a training run: who may write there, what was configured, what was measured.
 
-RUN/config.json       the configuration, which a resumed run must bring again; versions and hardware, only recorded
+RUN/config.json       the configuration, which a resumed run must bring again; versions, hardware and the steps at which it was
+                      started, by how many processes: only recorded
 RUN/metrics.jsonl     one JSON object a logged step, every step once, also after a crash
 RUN/tensorboard/      the same for the eyes
 RUN/checkpoints/      see checkpoints.py
@@ -54,8 +55,11 @@ def open_run(
             if checkpoint is None:
                 _log.warning("%s has no checkpoint yet: starting at step 0", run_dir)
             set_aside_after(run_dir / "checkpoints", checkpoint.step if checkpoint else -1)
+        step = checkpoint.step if checkpoint else 0
+        start = {"step": step, "processes": surroundings["processes"], "accumulate": settings["train"]["accumulate"]}
+        starts = [*(earlier for earlier in _read_starts(run_dir) if earlier["step"] < step), start]
         unfinished = run_dir / "config.json.unfinished"
-        unfinished.write_text(json.dumps({"config": settings, **surroundings}, indent=2) + "\n")
+        unfinished.write_text(json.dumps({"config": settings, **surroundings, "starts": starts}, indent=2) + "\n")
         fsync(unfinished)
         unfinished.rename(run_dir / "config.json")
         fsync(run_dir)
@@ -128,6 +132,14 @@ def _read_settings(run_dir: Path) -> dict[str, Any]:
         raise TypeError("config is no object")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamageError(f"{run_dir / 'config.json'} cannot be read ({error}): start in another directory") from error
+
+
+def _read_starts(run_dir: Path) -> list[dict[str, int]]:
+    """From which step on the run was computed by how many processes, in how many parts; only recorded, so never refused."""
+    try:
+        return [start for start in json.loads(read_file(run_dir / "config.json"))["starts"] if isinstance(start["step"], int)]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SamiCacheError):
+        return []
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

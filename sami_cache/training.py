@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass
+from inspect import signature
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
@@ -34,8 +35,15 @@ from sami_cache.optimizer import NamedAdamW
 from sami_cache.processes import GRACE, Interrupted, StopSignal, average, from_first_rank, largest, rank_and_world
 from sami_cache.runs import RunLog, open_run, surroundings
 
-# They change what is watched and kept, never what is computed.
-FREE_FIELDS = ("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.evaluate_every")
+# They change what is watched and kept, and into how many parts a step is cut (which goes with the number of processes), never
+# what is computed.
+FREE_FIELDS = (
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.evaluate_every",
+    "train.accumulate",
+)
 
 
 class Task(Protocol):
@@ -54,7 +62,7 @@ class Task(Protocol):
         ...
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Held-out metrics, in eval mode without gradients. Every rank is asked; rank 0's answer is logged."""
+        """Held-out metrics, in eval mode without gradients. Every rank is asked, perhaps for a share; rank 0's is logged."""
         ...
 
 
@@ -199,7 +207,12 @@ class Trainer:
             if self.step < self.config.steps:
                 batches = self.task.batches(self.step)
                 stack.callback(_close, batches)
-                self._loop(self._wrap(), batches)
+                try:
+                    self._loop(self._wrap(), batches)
+                except Exception as error:
+                    if self.world > 1 and not isinstance(error, NotFiniteError):  # which says where to go from there
+                        error.add_note(self._describe_abandoned())
+                    raise
         return self._last_line
 
     def _loop(self, model: nn.Module, batches: Iterator[Any]) -> None:
@@ -328,7 +341,13 @@ class Trainer:
     def _wrap(self) -> nn.Module:
         if self.world > 1:
             places = [self.device] if self.device.type == "cuda" else None
-            self._ddp = DistributedDataParallel(self.task.model, device_ids=places)
+            # Gradients lie where they are summed, instead of being copied there. Buffers are not sent round at every step: rank
+            # 0's are the ones that are saved. (The option's name is torch 2.15's, before that it was the other.)
+            known = signature(DistributedDataParallel).parameters
+            buffers: dict[str, Any] = {
+                "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+            }
+            self._ddp = DistributedDataParallel(self.task.model, device_ids=places, gradient_as_bucket_view=True, **buffers)
         model = self._ddp or self.task.model
         return torch.compile(model) if self.config.compile else model  # type: ignore[return-value]
 

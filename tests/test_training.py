@@ -19,6 +19,7 @@ from torch import nn
 from sami_cache.checkpoints import NotFiniteError, list_checkpoints, load_checkpoint, load_weights, save_checkpoint
 from sami_cache.errors import DamageError, DiskFullError, IdentityError, SamiCacheError
 from sami_cache.optimizer import NamedAdamW
+from sami_cache.peers import PeerError, leave
 from sami_cache.processes import Interrupted, distributed, rank_and_world
 from sami_cache.training import TrainConfig, Trainer, learning_rate
 
@@ -510,12 +511,15 @@ def main() -> None:
                 signal.raise_signal(signal.SIGTERM)
 
         task = ToyTask(config, dropout=0.0 if world > 1 else 0.2, delay=float(delay), at_step=at_step)
-        try:
-            Trainer(task, config, Path(run), device, resume=True).fit()
-        except SamiCacheError as error:
-            print(error, file=sys.stderr)
-            sys.exit(error.exit_code)
+        Trainer(task, config, Path(run), device, resume=True).fit()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except PeerError as error:
+        leave(error.exit_code)
+    except (SamiCacheError, Interrupted) as error:
+        print(error, file=sys.stderr)
+        leave(error.exit_code)
+    leave(0)

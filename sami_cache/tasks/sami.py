@@ -23,6 +23,7 @@ from sami_cache.loader import Batch, Loader, on_device
 from sami_cache.losses import Kind, Tokens, feature_loss
 from sami_cache.models.students import SAMI, patch_targets
 from sami_cache.models.teachers import Teacher
+from sami_cache.processes import totals
 from sami_cache.store.codecs import Codec
 
 Target = Literal["teacher", "pixels"]
@@ -164,7 +165,7 @@ class SAMITask:
     def __init__(
         self, model: SAMI, targets: nn.Module, train: Loader, held_out: Loader | None, config: SAMIConfig, device: torch.device
     ) -> None:
-        """`targets`: one of the `Targets` of this file."""
+        """`targets`: one of the `Targets` of this file. `held_out`: this process's share of those images, None for none."""
         self.model: nn.Module = model
         self.train, self.held_out, self.config = train, held_out, config
         self.targets = targets.to(device)
@@ -205,11 +206,11 @@ class SAMITask:
         tokens of the cosine between predicted and true features, both less their mean (which alone makes any two features
         look alike); also over visible and masked tokens, and `heldout_cosine_raw` with the mean left in.
         """
-        if self.held_out is None:
-            return {}
-        sums: dict[str, Tensor] = {}
+        names = ("loss", "of_mean", "raw", "visible", "masked")
+        sums: dict[str, Tensor] = {name: torch.zeros((), device=self.device) for name in names}
         tokens = {"visible": 0, "masked": 0}
-        for batch in self.held_out.evaluation(32):
+        # Every process has a share of the images, which may be none.
+        for batch in self.held_out.evaluation(32) if self.held_out else ():
             prediction, target, mask = self.predict(model, batch)
             prediction = prediction.float()
             centred = F.cosine_similarity(prediction, target, dim=-1)
@@ -222,15 +223,19 @@ class SAMITask:
                 "visible": (centred * ~mask).sum(),
                 "masked": (centred * mask).sum(),
             }
-            sums = {name: sums.get(name, 0) + value for name, value in parts.items()}
+            sums = {name: sums[name] + value for name, value in parts.items()}
             tokens["masked"] += int(mask.sum())
             tokens["visible"] += int((~mask).sum())
-        count = sum(tokens.values())
+        counted = {f"{name} tokens": float(count) for name, count in tokens.items()}
+        total = totals({name: float(value) for name, value in sums.items()} | counted, self.device)
+        visible, masked = total["visible tokens"], total["masked tokens"]
+        if not visible + masked:
+            return {}
         return {
-            "heldout_loss": float(sums["loss"]) / count,
-            "heldout_loss_of_mean": float(sums["of_mean"]) / count,
-            "heldout_cosine": float(sums["visible"] + sums["masked"]) / count,
-            "heldout_cosine_visible": float(sums["visible"]) / tokens["visible"],
-            "heldout_cosine_masked": float(sums["masked"]) / tokens["masked"],
-            "heldout_cosine_raw": float(sums["raw"]) / count,
+            "heldout_loss": total["loss"] / (visible + masked),
+            "heldout_loss_of_mean": total["of_mean"] / (visible + masked),
+            "heldout_cosine": (total["visible"] + total["masked"]) / (visible + masked),
+            "heldout_cosine_visible": total["visible"] / visible,
+            "heldout_cosine_masked": total["masked"] / masked,
+            "heldout_cosine_raw": total["raw"] / (visible + masked),
         }
