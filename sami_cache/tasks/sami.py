@@ -145,7 +145,7 @@ class OnlineTargets(nn.Module):
         pixels = self.teacher.normalise(batch.teacher_pixels.to(device, non_blocking=True))
         with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
             maps = self.teacher(pixels).float()
-        whole = torch.tensor([maps.shape[2:]], device=device, dtype=torch.float32).expand(len(maps), 2)
+        whole = maps.new_full((len(maps), 2), maps.shape[-1])  # views are square, so are their maps
         return valid_region(maps, whole, grid).flatten(2).transpose(1, 2)
 
     @torch.no_grad()
