@@ -186,6 +186,15 @@ def test_partial_reconstruction_is_part_of_the_run(folder, tmp_path):
     """Half of the masked tokens are scored in training, all of them in evaluation; the share is saved and compared."""
     run = tmp_path / "run"
     some = {"steps": 1, "log_every": 1, "reconstruct": 0.5, "base_lr": 1e-12, "warmup_epochs": 0}
+    task = prepare(config(folder, run, **some), CPU).task
+    batch = next(task.batches(0))
+    with torch.no_grad():
+        _, every, _ = task.predict(task.model, batch)
+        prediction, target, mask = task.predict(task.model, batch, 0.5)
+    tokens = batch.ids_shuffle[:, : 49 + 73].sort(dim=1)[0]
+    assert torch.equal(target, torch.stack([values[ids] for values, ids in zip(every, tokens, strict=True)]))
+    assert prediction.shape == target.shape
+    assert mask.sum(1).tolist() == [73] * 16
     train(config(folder, run, **some))
     before, line = lines(run)
     # 49 visible tokens and 73 of the 147 masked ones.
