@@ -16,7 +16,12 @@ import torch
 HERE = Path(__file__).parent
 # (topic, script, arguments), most wanted first. A script prints Markdown and writes it to --out once it is done.
 WANTED = (
+    ("train-vit_s", "train.py", ("--students", "vit_s", "--device", "cuda")),
+    ("train-vit_t", "train.py", ("--students", "vit_t", "--device", "cuda")),
+    ("train-vit_b", "train.py", ("--students", "vit_b", "--device", "cuda")),
+    ("train-vit_s-compiled", "train.py", ("--students", "vit_s", "--compile", "--device", "cuda")),
     ("targets", "targets.py", ("--device", "cuda")),
+    ("train-online", "train.py", ("--online", "1024", "224", "--device", "cuda")),
     ("targets-112-channels", "targets.py", ("--device", "cuda", "--channels", "112")),
 )
 

@@ -253,15 +253,28 @@ def distances(
     return {name: [float(table[k, 0].mean()), float(table[k, 1].sum() / table[k, 2].sum())] for name, k in chosen.items()}
 
 
-def new_student(channels: int, seed: int) -> SAMI:
+def new_student(channels: int, seed: int, **decoder: Any) -> SAMI:
+    """`decoder`: options of `SAMI` that differ from the study's."""
     torch.manual_seed(seed)
     encoder = create_encoder("vit_t", img_size=PIXELS, patch_size=PATCH, embed_dim=96, depth=4, num_heads=3)
-    return SAMI(encoder, target_channels=channels, decoder_width=96, decoder_depth=2, decoder_heads=4)
+    return SAMI(encoder, target_channels=channels, **{"decoder_width": 96, "decoder_depth": 2, "decoder_heads": 4} | decoder)
 
 
 def loader_of(samples: Samples, chosen: np.ndarray, batch_size: int, seed: int = 0) -> Loader:
     config = LoaderConfig(batch_size=batch_size, seed=seed, image_size=PIXELS, tokens=GRID * GRID, threads=1, timeout=600)
     return Loader(samples, chosen, config)
+
+
+def train_config(steps: int, seed: int) -> TrainConfig:
+    return TrainConfig(
+        steps=steps,
+        batch_size=64,
+        lr=1e-3,
+        seed=seed,
+        warmup_steps=steps // 10,
+        log_every=max(1, steps // 20),
+        clip_grad=1.0,
+    )
 
 
 def train(
@@ -278,15 +291,7 @@ def train(
     started = time.perf_counter()
     model = new_student(targets.channels, seed)
     task = SAMITask(model, targets, loader_of(samples, chosen, 64, seed), None, SAMIConfig(), CPU)
-    config = TrainConfig(
-        steps=max(1, steps),
-        batch_size=64,
-        lr=1e-3,
-        seed=seed,
-        warmup_steps=steps // 10,
-        log_every=max(1, steps // 20),
-        clip_grad=1.0,
-    )
+    config = train_config(max(1, steps), seed)
     lines: list[dict[str, Any]] = []
     if steps:
         with tempfile.TemporaryDirectory() as folder:

@@ -107,7 +107,7 @@ def run(device: torch.device, size: int, channels: int, rounds: int, students: t
         def step(model: SAMI = model) -> None:
             model.zero_grad(set_to_none=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                prediction, mask = model(pixels, there.ids_shuffle, 0.75)
+                prediction, mask, _ = model(pixels, there.ids_shuffle, 0.75)
             feature_loss(prediction.float(), goal, mask, kind="mse", tokens="all")["loss"].backward()
 
         acts[student] = step

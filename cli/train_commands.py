@@ -61,6 +61,9 @@ def train(
     keys_values: Annotated[
         str, typer.Option(help="What masked tokens attend to: visible+mask (as published) or visible (CrossMAE).")
     ] = "visible+mask",
+    reconstruct: Annotated[
+        float, typer.Option(help="Share of the masked tokens that are decoded and scored; CrossMAE takes 0.25 and up.")
+    ] = 1.0,
     decoder_width: Annotated[int, typer.Option(help="Published: 512.")] = 512,
     decoder_depth: Annotated[int, typer.Option(help="Published: 8.")] = 8,
     holdout: Annotated[float, typer.Option(help="Share of the images kept out of training, to report on.")] = 0.02,
@@ -112,6 +115,7 @@ def train(
         mask_ratio=mask_ratio,
         loss=loss,  # type: ignore[arg-type]
         keys_values=keys_values,  # type: ignore[arg-type]
+        reconstruct=reconstruct,
         decoder_width=decoder_width,
         decoder_depth=decoder_depth,
         holdout=holdout,

@@ -66,6 +66,8 @@ class TrainingConfig:
     mask_ratio: float = SAMI_IMAGENET.mask_ratio
     loss: Kind = "mse"
     keys_values: KeysValues = "visible+mask"
+    reconstruct: float = 1.0
+    """Share of the masked tokens that are decoded and scored."""
     decoder_width: int = SAMI_IMAGENET.decoder_width
     decoder_depth: int = SAMI_IMAGENET.decoder_depth
     holdout: float = 0.02
@@ -171,7 +173,12 @@ def prepare(config: TrainingConfig, device: torch.device) -> Prepared:
         evaluate_every=(config.evaluate_every or max(1, min(cadence, steps // 2))) if held.any() else None,
     )
     torch.manual_seed(config.seed)
-    sami = SAMIConfig(mask_ratio=config.mask_ratio, loss=config.loss, tokens="masked" if config.target == "pixels" else "all")
+    sami = SAMIConfig(
+        mask_ratio=config.mask_ratio,
+        loss=config.loss,
+        tokens="masked" if config.target == "pixels" else "all",
+        reconstruct=config.reconstruct,
+    )
     targets = _targets(config, cache, teacher, samples, held if held.any() else chosen, loader_config, device)
     model = SAMI(
         create_encoder(config.student),

@@ -14,7 +14,7 @@ UNDECAYED = ("cls_token", "mask_token", "pos_embed")
 class NamedAdamW(torch.optim.AdamW):
     """AdamW on a model's trainable parameters. Matrices decay; biases, norms, tokens and positions do not, as in MAE."""
 
-    def __init__(self, model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float, fused: bool):
+    def __init__(self, model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float):
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         groups: list[dict[str, Any]] = []
         self.names: list[str] = []
@@ -23,7 +23,7 @@ class NamedAdamW(torch.optim.AdamW):
             if chosen:
                 groups.append({"params": [trained[name] for name in chosen], "weight_decay": weight_decay if decays else 0.0})
             self.names += chosen
-        super().__init__(groups, lr=lr, betas=betas, fused=fused)
+        super().__init__(groups, lr=lr, betas=betas, fused=True)
 
     def named_state(self) -> dict[str, Tensor]:
         """`exp_avg`, `exp_avg_sq` and `step` of every parameter, as "<parameter>/<key>"."""

@@ -176,9 +176,7 @@ class Trainer:
         wants_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self._bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and wants_bfloat16)
         task.model.to(device)
-        self.optimizer = NamedAdamW(
-            task.model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=device.type == "cuda"
-        )
+        self.optimizer = NamedAdamW(task.model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
         if checkpoint:
             put_weights(task.model, checkpoint.model, f"the checkpoint of step {checkpoint.step}")
             self.optimizer.load_named_state(checkpoint.optimizer)

@@ -10,6 +10,7 @@ from sami_cache.models.students import (
     SAMI,
     STUDENTS,
     count_kept,
+    count_reconstructed,
     create_encoder,
     export_encoder,
     patch_targets,
@@ -118,6 +119,54 @@ def test_ids_restore_puts_every_token_in_its_place(pixels, ids_shuffle):
     nn.init.zeros_(model.head.bias)
     prediction = model(pixels, ids_shuffle, 0.75).prediction
     torch.testing.assert_close(prediction, number.expand(2, -1, CHANNELS))
+
+
+def test_partial_reconstruction_decodes_the_first_masked_tokens_alone(pixels, ids_shuffle):
+    decoded = KEPT + 36  # a quarter of the 147
+    for keys_values in ("visible", "visible+mask"):
+        model = tiny(keys_values)
+        everything, part = model(pixels, ids_shuffle, 0.75), model(pixels, ids_shuffle, 0.75, 0.25)
+        assert torch.equal(part.ids, ids_shuffle[:, :decoded].sort(dim=1)[0])
+        assert torch.equal(part.mask, everything.mask.gather(1, part.ids))
+        assert part.mask.sum(1).tolist() == [36, 36]
+        same = everything.prediction.gather(1, part.ids[..., None].expand(-1, -1, CHANNELS))
+        torch.testing.assert_close(part.prediction[~part.mask], same[~part.mask])
+        # Masked tokens that do not see each other cannot tell how many they are.
+        alike = torch.allclose(part.prediction[part.mask], same[part.mask], atol=1e-5)
+        assert alike is (keys_values == "visible")
+        other = ids_shuffle.clone()
+        other[:, decoded:] = other[:, decoded:].flip(1)
+        assert torch.equal(model(pixels, other, 0.75, 0.25).prediction, part.prediction)
+
+
+@pytest.mark.parametrize("reconstruct", [1.0, 0.25])
+def test_loss_equals_a_decoder_written_token_by_token(pixels, ids_shuffle, reconstruct):
+    """Every image on its own, tokens put into their places one at a time, the loss summed in a loop."""
+    model, target = tiny(), torch.randn(2, TOKENS, CHANNELS)
+    prediction, mask, ids = model(pixels, ids_shuffle, 0.75, reconstruct)
+    assert reconstruct < 1 or torch.equal(ids, torch.arange(TOKENS).expand(2, -1))
+    got = feature_loss(prediction, target.gather(1, ids[..., None].expand(-1, -1, CHANNELS)), mask)
+    errors = []
+    for image in range(2):
+        order = ids_shuffle[image].tolist()
+        kept, hidden = order[:KEPT], order[KEPT : KEPT + (147 if reconstruct == 1 else 36)]
+        encoded = model.encode(pixels[image : image + 1], torch.tensor([kept]))
+        projected = model.decoder_embed(encoded)
+        places = model.decoder_positions[0]
+        visible = torch.cat([projected[0, :1], projected[0, 1:] + places[kept]])[None]
+        queries = model.mask_token + places[hidden]
+        for block in model.decoder_blocks:
+            queries = block(queries, visible)
+        for token, value in [*zip(kept, projected[0, 1:], strict=True), *zip(hidden, queries[0], strict=True)]:
+            errors.append((model.head(model.decoder_norm(value)) - target[image, token]).square().mean())
+    torch.testing.assert_close(got["loss"], torch.stack(errors).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_count_reconstructed():
+    assert [count_reconstructed(147, share) for share in (1.0, 0.5, 0.25, 1 / 147)] == [147, 73, 36, 1]
+    for share in (-0.1, 0, 0.006, 1.01):
+        with pytest.raises(SamiCacheError, match=r"of 147 masked tokens: take a share between 0\.0068 and 1"):
+            count_reconstructed(147, share)
 
 
 @pytest.mark.parametrize(("keys_values", "attends"), [("visible", False), ("visible+mask", True)])

@@ -182,6 +182,32 @@ def test_two_resume_verbs(folder, tmp_path):
     assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
 
 
+def test_partial_reconstruction_is_part_of_the_run(folder, tmp_path):
+    """Half of the masked tokens are scored in training, all of them in evaluation; the share is saved and compared."""
+    run = tmp_path / "run"
+    some = {"steps": 1, "log_every": 1, "reconstruct": 0.5, "base_lr": 1e-12, "warmup_epochs": 0}
+    task = prepare(config(folder, run, **some), CPU).task
+    batch = next(task.batches(0))
+    with torch.no_grad():
+        _, every, _ = task.predict(task.model, batch)
+        prediction, target, mask = task.predict(task.model, batch, 0.5)
+    tokens = batch.ids_shuffle[:, : 49 + 73].sort(dim=1)[0]
+    assert torch.equal(target, torch.stack([values[ids] for values, ids in zip(every, tokens, strict=True)]))
+    assert prediction.shape == target.shape
+    assert mask.sum(1).tolist() == [73] * 16
+    train(config(folder, run, **some))
+    before, line = lines(run)
+    # 49 visible tokens and 73 of the 147 masked ones.
+    assert line["loss"] == pytest.approx((49 * line["loss_visible"] + 73 * line["loss_masked"]) / 122, rel=1e-5)
+    train(config(folder, tmp_path / "all", **(some | {"reconstruct": 1.0})))
+    assert lines(tmp_path / "all")[0]["heldout_loss"] == before["heldout_loss"]
+    with pytest.raises(IdentityError, match=r"sami\.reconstruct: 0\.5 in the run, 1\.0 now"):
+        train(config(folder, run, **(some | {"reconstruct": 1.0, "resume": True})))
+    with pytest.raises(SamiCacheError, match=r"reconstruct 1\.5 decodes 220 of 147 masked tokens: take a share between"):
+        train(config(folder, tmp_path / "refused", reconstruct=1.5))
+    assert not (tmp_path / "refused").exists()
+
+
 def test_read_only_caches_train(folder, tmp_path):
     """Nothing in the cache is opened for writing: here by root too, whom permissions do not stop."""
     import shutil
@@ -240,4 +266,5 @@ def test_the_defaults_are_the_papers(folder, tmp_path):
     assert step.steps == 400 * prepared.task.train.steps_per_epoch
     assert step.warmup_steps * 10 == step.steps
     assert prepared.task.config.mask_ratio == 0.75
+    assert prepared.task.config.reconstruct == 1
     assert prepared.task.model.encoder.embed_dim == 384

@@ -160,7 +160,7 @@ def test_a_run_learns_and_leaves_its_records(undisturbed):
 
 
 def test_weight_decay_spares_vectors_and_tokens():
-    optimizer = NamedAdamW(Toy(0.0), lr=1.0, betas=(0.9, 0.95), weight_decay=0.05, fused=False)
+    optimizer = NamedAdamW(Toy(0.0), lr=1.0, betas=(0.9, 0.95), weight_decay=0.05)
     decayed, spared = optimizer.param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
     assert optimizer.names[: len(decayed["params"])] == ["body.0.weight", "body.4.weight"]

@@ -21,8 +21,9 @@ KeysValues = Literal["visible+mask", "visible"]
 class Output(NamedTuple):
     """What `SAMI.forward` returns."""
 
-    prediction: Tensor  # [B, N, target_channels], image order
-    mask: Tensor  # [B, N] bool, True = masked
+    prediction: Tensor  # [B, P, target_channels], the predicted tokens in image order
+    mask: Tensor  # [B, P] bool, True = masked
+    ids: Tensor  # [B, P] int64, which tokens these are, ascending: 0..N-1 where all are predicted
 
 
 class SAMI(nn.Module):
@@ -76,21 +77,23 @@ class SAMI(nn.Module):
         rows, columns = self.encoder.patch_embed.grid_size  # type: ignore[misc]
         return rows, columns
 
-    def forward(self, pixels: Tensor, ids_shuffle: Tensor, mask_ratio: float) -> Output:
-        """Predict the target of every token.
+    def forward(self, pixels: Tensor, ids_shuffle: Tensor, mask_ratio: float, reconstruct: float = 1.0) -> Output:
+        """Predict the target of the visible tokens and of the share `reconstruct` of the masked ones.
 
         `pixels`: float [B, 3, H, W], normalised with ImageNet's mean and standard deviation.
         `ids_shuffle`: int64 [B, N], each row a permutation of 0..N-1; the first `count_kept(N, mask_ratio)` of a row are
-        the tokens that stay visible.
+        the tokens that stay visible, the next `count_reconstructed` the masked ones that enter the decoder. The rest enter
+        nothing (CrossMAE's partial reconstruction, arXiv 2401.14391, section 3.3).
         """
         n_keep = count_kept(ids_shuffle.shape[1], mask_ratio)
-        ids_restore = ids_shuffle.argsort(dim=1)
+        ids_shuffle = ids_shuffle[:, : n_keep + count_reconstructed(ids_shuffle.shape[1] - n_keep, reconstruct)]
+        ids, ids_restore = ids_shuffle.sort(dim=1)
         encoded = self.encode(pixels, ids_shuffle[:, :n_keep])
         projected = self.decoder_embed(encoded)
         masked = self.decode(projected, ids_shuffle)
         # The class token has no place in the image: it only serves as a key.
         merged = _gather(torch.cat([projected[:, 1:], masked], dim=1), ids_restore)
-        return Output(self.head(self.decoder_norm(merged)), ids_restore >= n_keep)
+        return Output(self.head(self.decoder_norm(merged)), ids_restore >= n_keep, ids)
 
     def encode(self, pixels: Tensor, ids_keep: Tensor) -> Tensor:
         """The encoder on the kept tokens alone: [B, 1 + K, D], the class token first, then in the order of `ids_keep`."""
@@ -98,10 +101,13 @@ class SAMI(nn.Module):
         tokens = torch.cat([tokens[:, :1], _gather(tokens[:, 1:], ids_keep)], dim=1)
         return self.encoder.norm(self.encoder.blocks(self.encoder.norm_pre(tokens)))
 
-    def decode(self, projected: Tensor, ids_shuffle: Tensor) -> Tensor:
-        """The masked tokens [B, N - K, W], in the order of `ids_shuffle`, from the projected visible ones [B, 1 + K, W]."""
+    def decode(self, projected: Tensor, ids: Tensor) -> Tensor:
+        """The masked tokens [B, P - K, W] from the projected visible ones [B, 1 + K, W].
+
+        `ids`: int64 [B, P], the visible tokens, then the masked ones to decode; the result is in this order.
+        """
         n_keep = projected.shape[1] - 1
-        positions = _gather(self.decoder_positions.expand(len(projected), -1, -1), ids_shuffle)  # type: ignore[operator]
+        positions = _gather(self.decoder_positions.expand(len(projected), -1, -1), ids)  # type: ignore[operator]
         visible = torch.cat([projected[:, :1], projected[:, 1:] + positions[:, :n_keep]], dim=1)
         masked = self.mask_token + positions[:, n_keep:]
         for block in self.decoder_blocks:
@@ -184,6 +190,16 @@ def count_kept(tokens: int, mask_ratio: float) -> int:
             f"{1 - 1 / tokens:.3g}"
         )
     return kept
+
+
+def count_reconstructed(masked: int, reconstruct: float) -> int:
+    """How many of `masked` tokens are decoded and scored: 36 of 147 at 0.25. Rounds down, as `count_kept` does."""
+    count = int(masked * reconstruct + 1e-6)
+    if not 0 < count <= masked:
+        raise SamiCacheError(
+            f"reconstruct {reconstruct} decodes {count} of {masked} masked tokens: take a share between {1 / masked:.3g} and 1"
+        )
+    return count
 
 
 def patch_targets(pixels: Tensor, patch: int = 16) -> Tensor:

@@ -21,7 +21,7 @@ from sami_cache.data.views import crop_embeddings, mirror, valid_region
 from sami_cache.errors import SamiCacheError
 from sami_cache.loader import Batch, Loader, on_device
 from sami_cache.losses import Kind, Tokens, feature_loss
-from sami_cache.models.students import SAMI, patch_targets
+from sami_cache.models.students import SAMI, count_kept, count_reconstructed, patch_targets
 from sami_cache.models.teachers import Teacher
 from sami_cache.processes import totals
 from sami_cache.store.codecs import Codec
@@ -40,6 +40,8 @@ class SAMIConfig:
     loss: Kind = "mse"
     tokens: Tokens = "all"
     """Scored tokens; MAE scores the masked ones."""
+    reconstruct: float = 1.0
+    """Share of the masked tokens that training decodes and scores (CrossMAE, arXiv 2401.14391); evaluation takes all."""
 
 
 class Targets(Protocol):
@@ -148,7 +150,7 @@ class OnlineTargets(nn.Module):
         pixels = self.teacher.normalise(batch.teacher_pixels.to(device, non_blocking=True))
         with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
             maps = self.teacher(pixels).float()
-        whole = torch.tensor([maps.shape[2:]], device=device, dtype=torch.float32).expand(len(maps), 2)
+        whole = maps.new_full((len(maps), 2), maps.shape[-1])  # views are square, so are their maps
         return valid_region(maps, whole, grid).flatten(2).transpose(1, 2)
 
     @torch.no_grad()
@@ -175,6 +177,8 @@ class SAMITask:
         if rows != columns:
             raise SamiCacheError(f"the student's grid is {rows} x {columns}: only square ones are supported")
         self.grid = rows
+        # Asked here, so that a share that cannot be had is refused before anything is written.
+        count_reconstructed(rows**2 - count_kept(rows**2, config.mask_ratio), config.reconstruct)
         self._mean = torch.tensor(IMAGENET_MEAN, device=device)[:, None, None] * 255
         self._std = torch.tensor(IMAGENET_STD, device=device)[:, None, None] * 255
 
@@ -182,21 +186,24 @@ class SAMITask:
         return on_device(self.train.batches(start_step), self.device)
 
     def loss(self, model: nn.Module, batch: Batch, device: torch.device) -> dict[str, Tensor]:
-        prediction, target, mask = self.predict(model, batch)
+        prediction, target, mask = self.predict(model, batch, self.config.reconstruct)
         if self.config.loss == "cosine":  # an angle depends on the origin: it is taken between features as they are
             prediction, target = self.targets.features(prediction.float()), self.targets.features(target)  # type: ignore[operator]
         return feature_loss(prediction, target, mask, kind=self.config.loss, tokens=self.config.tokens)
 
-    def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(prediction, target, mask) of a batch: [B, N, channels] twice, and bool [B, N], True = masked."""
+    def predict(self, model: nn.Module, batch: Batch, reconstruct: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """(prediction, target, mask) of a batch: [B, P, channels] twice, and bool [B, P], True = masked; in image order.
+
+        P: the visible tokens and the share `reconstruct` of the masked ones, by default all N.
+        """
         assert batch.pixels is not None
         pixels, flips = (value.to(self.device, non_blocking=True) for value in (batch.pixels, batch.flips))
         pixels = (mirror(pixels, flips).float() - self._mean) / self._std
         ids = batch.ids_shuffle.to(self.device, non_blocking=True)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             target = self.targets(batch, pixels, self.grid)
-        prediction, mask = model(pixels, ids, self.config.mask_ratio)
-        return prediction, target, mask
+        prediction, mask, chosen = model(pixels, ids, self.config.mask_ratio, reconstruct)
+        return prediction, target.gather(1, chosen[..., None].expand(-1, -1, target.shape[2])), mask
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """On the held-out images, whole, with fixed masks.
