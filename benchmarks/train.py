@@ -27,6 +27,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import fields, replace
 from itertools import repeat
 from pathlib import Path
@@ -34,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from targets import on_device, smooth_embeddings
+from targets import smooth_embeddings
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -42,10 +43,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.extract import extract
 from pipelines.jobs import ExtractConfig
-from sami_cache.loader import Batch, CacheSamples, Loader, LoaderConfig
+from sami_cache.loader import Batch, Loader, LoaderConfig, on_device
 from sami_cache.models.students import SAMI, Output, count_kept, create_encoder, sincos_positions
 from sami_cache.models.teachers import load_teacher
 from sami_cache.processes import keep_freed_memory
+from sami_cache.samples import CacheSamples
 from sami_cache.store.cache import Cache, choose_layout
 from sami_cache.store.commits import Sample
 from sami_cache.store.creation import create_cache
@@ -56,7 +58,7 @@ from sami_cache.training import TrainConfig, Trainer
 
 SAMPLES, SHARD, DISTINCT = 8192, 512, 256
 # The loader works ahead while others have their turn: what it has ready must be used up before the clock starts.
-READY_BATCHES = 4
+READY_BATCHES = 6
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # bfloat16, dense, as NVIDIA states them
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense", "aten::nonzero")
 
@@ -147,8 +149,10 @@ def resized(batch: Batch, size: int) -> Batch:
         value = getattr(batch, field.name)
         if isinstance(value, torch.Tensor):
             changed[field.name] = value[torch.from_numpy(rows).to(value.device)]
-        elif value is not None:
-            changed[field.name] = value[rows] if isinstance(value, np.ndarray) else [value[row] for row in rows]
+        elif isinstance(value, np.ndarray):
+            changed[field.name] = value[rows]
+        elif isinstance(value, list):
+            changed[field.name] = [value[row] for row in rows]
     return replace(batch, **changed)
 
 
@@ -265,13 +269,13 @@ def race(
     sami = task_of(SAMI(create_encoder(student), target_channels=targets.channels), targets, SAMIConfig())
     mae = task_of(MAE(create_encoder(student)), PixelTargets(), SAMIConfig(tokens="masked"))
     flops = {"SAMI": model_flops(sami.model), "MAE": model_flops(mae.model)}
-    few = sami.train.batches(0)
-    there = on_device(next(few), device)
-    few.close()
+    with closing(sami.train.batches(0)) as few:  # type: ignore[type-var]
+        there = next(few).to(device)
     ours, theirs = Contestant(sami, compiled), Contestant(mae, compiled)
     sizes = {name: batch or one.fill(there, limit) for name, one in (("SAMI", ours), ("MAE", theirs))}
     own = resized(there, sizes["SAMI"])
-    served = Loader(samples, samples.usable, LoaderConfig(batch_size=sizes["SAMI"])).batches(0)
+    loader = Loader(samples, samples.usable, LoaderConfig(batch_size=sizes["SAMI"], pin_memory=device.type == "cuda"))
+    served = on_device(loader.batches(0), device)
     turns: dict[str, tuple[Contestant, Iterator[Batch], int, int]] = {
         "synthetic": (ours, repeat(own), sizes["SAMI"], 1),
         "cache": (ours, served, sizes["SAMI"], READY_BATCHES),
