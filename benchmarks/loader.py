@@ -209,7 +209,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shard-samples", type=int, default=512)
     parser.add_argument("--code-bytes", type=int, default=loader_data.CODE_BYTES, help="of a sample, about")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a round (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a round (default %(default)s)")
     parser.add_argument("--kinds", nargs="+", choices=list(loader_data.KINDS), default=list(loader_data.KINDS))
     parser.add_argument("--images", nargs="+", choices=["none", "encoded", "pixels"], default=["none", "encoded", "pixels"])
     parser.add_argument("--only", nargs="+", choices=[OURS, *PEERS], help="these contestants; default: all")

@@ -17,6 +17,8 @@ from loader_measures import cpu_seconds, drop, files_below, peak_memory, warm_up
 from loader_samples import PlainSamples
 
 ENDLESS = 1_000_000
+COLD_EPOCHS = 4
+"""At most in a round: workers are started anew for each."""
 
 
 class Contestant:
@@ -128,7 +130,7 @@ class Contestant:
             cpu += cpu_seconds() - before
             stream.close()  # type: ignore[attr-defined]
             samples, wall = samples + taken, wall + spent
-            if wall >= seconds or epoch == 9:
+            if wall >= seconds or epoch + 1 == COLD_EPOCHS:
                 return {"speed": samples / wall, "cpu": cpu / samples, "resident": resident}
         raise AssertionError
 

@@ -1,8 +1,11 @@
 """Who takes part: the class of each and the packages it needs."""
 
+from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-from loader_engines import Format
+if TYPE_CHECKING:
+    from loader_engines import Format
 
 OURS = "sami-cache"
 PEERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -30,8 +33,6 @@ def missing_packages(name: str) -> list[str]:
     return [package for package in PEERS[name][2] if find_spec(package) is None]
 
 
-def format_class(name: str) -> type[Format]:
-    from importlib import import_module
-
+def format_class(name: str) -> "type[Format]":
     module, kind, _ = PEERS[name]
     return getattr(import_module(module), kind)

@@ -41,7 +41,7 @@ def make_cache(
             shutil.rmtree(path, ignore_errors=True)
         jpegs, embeddings = _embed(data, grid, size, at_least=shard_samples)
         cache = _write_cache(cache_path, jpegs, embeddings, samples, shard_samples, code_bytes)
-        _write_plain(cache, plain_path)
+        write_plain(cache, plain_path)
     return cache_path, plain_path
 
 
@@ -132,7 +132,7 @@ def _write_cache(
     return cache
 
 
-def _write_plain(cache: Cache, path: Path) -> None:
+def write_plain(cache: Cache, path: Path) -> None:
     """What comes out of the cache, as flat files, so that every contestant starts from the same bytes."""
     codes, jpegs = [], []
     for shard in range(cache.shards):

@@ -211,7 +211,8 @@ def load_with_processes(share: Share, workers: int) -> Iterator[Batch | None]:
         assert next(items) is None
     yield None
     share.go.set()
-    yield from itertools.starmap(Batch, items)
+    for numbers, codes, jpegs in items:  # a tuple arrives as a list
+        yield Batch(numbers, codes, jpegs and tuple(jpegs))
 
 
 def _as_tensors(batch: Batch) -> tuple[Any, ...]:

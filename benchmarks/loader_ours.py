@@ -17,14 +17,7 @@ import zstandard
 from loader_samples import BATCH, Batch, PlainSamples, full_permutations
 from PIL import Image
 
-from sami_cache.data.views import crop_image, random_view
-from sami_cache.loader import Loader, LoaderConfig
 from sami_cache.store.cache import Cache
-
-try:
-    from sami_cache.samples import CacheSamples
-except ImportError:  # before the samples had a module of their own
-    from sami_cache.loader import CacheSamples
 
 READ_BYTES = 4 << 20
 _own = local()
@@ -32,6 +25,14 @@ _own = local()
 
 def our_batches(path: Path, images: str, cores: int, repeats: int, seed: int) -> Iterator[Batch | None]:
     """Our loader as a contestant; images: "none", "encoded" or "pixels"."""
+    # Torch is imported here and not above: the references do without it.
+    from sami_cache.loader import Loader, LoaderConfig
+
+    try:
+        from sami_cache.samples import CacheSamples
+    except ImportError:  # before the samples had a module of their own
+        from sami_cache.loader import CacheSamples
+
     samples = CacheSamples(Cache(path))
     options: dict[str, Any] = {"images": images} if "images" in {field.name for field in fields(LoaderConfig)} else {}
     config = LoaderConfig(batch_size=BATCH, seed=seed, threads=cores, **options)
@@ -138,6 +139,8 @@ def bare_pixels(decoder: str, crop: bool) -> Reference:
     decode: Callable[[bytes], Any] = {"Pillow": _pillow, "simplejpeg": _simplejpeg}[decoder]
 
     def run(_: Path, samples: PlainSamples, cores: int, repeats: int) -> Iterator[Count | None]:
+        from sami_cache.data.views import crop_image, random_view
+
         jpegs = [samples.jpeg(number) for number in range(len(samples))]
 
         def act(numbers: np.ndarray) -> int:

@@ -66,7 +66,7 @@ def litdata_sample(samples: PlainSamples, jpegs: bool, number: int) -> dict[str,
 class LitData(Stream):
     """Chunks of 64 MB, uncompressed or with every sample compressed by zstd 1."""
 
-    layouts: ClassVar = {"raw": ("random", "own"), "zstd": ("random", "own")}
+    layouts: ClassVar = {"raw": ("random", "own"), "zstd": ("own",)}
     checks = "nothing"
 
     def write(self) -> None:
