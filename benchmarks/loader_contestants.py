@@ -25,6 +25,7 @@ PEERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 
 CHECKED = {"zarr-python", "zarrs", "tensorstore", "h5py"}
 """Who checks the codes that are read."""
+STILL_CACHED = "{:.0%} of its bytes cannot be dropped from the page cache"
 SHARED_FILES = {"zarrs": "zarr-python", "tensorstore": "zarr-python"}
 """Who reads the files that another one writes."""
 

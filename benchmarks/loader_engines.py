@@ -129,9 +129,9 @@ class Window:
 
 def _from_threads(reader: Reader) -> Iterator[Batch | None]:
     reader.format.open(reader.order)
-    yield None
     pool = ThreadPoolExecutor(reader.cores)
     try:
+        yield None
         if reader.order == "own":
             yield from reader.format.stream(reader.repeats)
             return

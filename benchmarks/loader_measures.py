@@ -4,7 +4,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TICK = os.sysconf("SC_CLK_TCK")
@@ -14,13 +14,19 @@ def tree(process: int | None = None) -> Iterator[int]:
     """This process and its descendants."""
     process = process or os.getpid()
     yield process
-    try:
-        threads = os.listdir(f"/proc/{process}/task")
-        children = [child for t in threads for child in Path(f"/proc/{process}/task/{t}/children").read_text().split()]
-    except OSError:
-        return
-    for child in children:
+    children = []
+    for thread in _listed(f"/proc/{process}/task"):
+        # Threads come and go meanwhile. One that has gone has left its children to another.
+        with suppress(OSError):
+            children += Path(f"/proc/{process}/task/{thread}/children").read_text().split()
+    for child in dict.fromkeys(children):
         yield from tree(int(child))
+
+
+def _listed(folder: str) -> list[str]:
+    with suppress(OSError):
+        return os.listdir(folder)
+    return []
 
 
 def cpu_seconds() -> float:
