@@ -2,11 +2,9 @@
 
 import io
 import itertools
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from pathlib import Path
 from threading import local
 from typing import Any
@@ -27,20 +25,17 @@ def our_batches(path: Path, images: str, cores: int, repeats: int, seed: int) ->
     """Our loader as a contestant; images: "none", "encoded" or "pixels"."""
     # Torch is imported here and not above: the references do without it.
     from sami_cache.loader import Loader, LoaderConfig
+    from sami_cache.processes import keep_freed_memory
+    from sami_cache.samples import CacheSamples
 
-    try:
-        from sami_cache.samples import CacheSamples
-    except ImportError:  # before the samples had a module of their own
-        from sami_cache.loader import CacheSamples
-
+    keep_freed_memory()  # as `sami-cache train` does
     samples = CacheSamples(Cache(path))
-    options: dict[str, Any] = {"images": images} if "images" in {field.name for field in fields(LoaderConfig)} else {}
-    config = LoaderConfig(batch_size=BATCH, seed=seed, threads=cores, **options)
+    config = LoaderConfig(batch_size=BATCH, seed=seed, threads=cores, images=images)  # type: ignore[arg-type]
     loader = Loader(samples, samples.usable, config)
     yield None
     batches = loader.batches()
     for batch in itertools.islice(batches, repeats * loader.steps_per_epoch):
-        yield Batch(batch.samples, batch.codes, getattr(batch, "encoded", None))
+        yield Batch(batch.samples, batch.codes, batch.encoded)
     batches.close()  # type: ignore[attr-defined]
 
 
@@ -79,7 +74,7 @@ def bare_decode(path: Path, samples: PlainSamples, cores: int, repeats: int) -> 
     size, chunks = int(np.prod(cache.layout.chunk_shape)), []
     for shard in range(cache.shards):
         with cache.open_codes(shard) as file:
-            chunks += [os.pread(file.descriptor, count, offset) for offset, count in file.index.tolist() if offset >= 0]
+            chunks += [file.read_at(offset, count, path) for offset, count in file.index.tolist() if offset >= 0]
 
     def decode(packed: bytes) -> int:
         if not hasattr(_own, "decompressor"):
@@ -128,28 +123,29 @@ def _pillow(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
-def _simplejpeg(data: bytes) -> np.ndarray:
-    import simplejpeg
-
-    return simplejpeg.decode_jpeg(data, "RGB")
-
-
 def bare_pixels(decoder: str, crop: bool) -> Reference:
-    """A decoder alone, or with a random crop resized to 224 pixels."""
-    decode: Callable[[bytes], Any] = {"Pillow": _pillow, "simplejpeg": _simplejpeg}[decoder]
+    """A decoder alone, or with a random crop resized to 224 pixels: by Pillow, or by what our loader uses."""
 
     def run(_: Path, samples: PlainSamples, cores: int, repeats: int) -> Iterator[Count | None]:
-        from sami_cache.data.views import crop_image, random_view
+        import torch
+
+        from sami_cache.data.images import decode_jpeg
+        from sami_cache.data.views import VIEW_DRAWS, crop_image, crop_pixels, random_view
 
         jpegs = [samples.jpeg(number) for number in range(len(samples))]
 
         def act(numbers: np.ndarray) -> int:
-            rng = np.random.default_rng(numbers)
-            for number in numbers.tolist():
-                picture = decode(jpegs[number])
-                if crop:
-                    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-                    crop_image(image, random_view(rng, image.width, image.height), 224)
+            draws = np.random.default_rng(numbers).random((len(numbers), VIEW_DRAWS)).tolist()
+            out = torch.empty(224, 224, 3, dtype=torch.uint8).permute(2, 0, 1)
+            for number, drawn in zip(numbers.tolist(), draws, strict=True):
+                if decoder == "Pillow":
+                    image = _pillow(jpegs[number])
+                    if crop:
+                        crop_image(image, random_view(drawn, image.width, image.height), 224)
+                else:
+                    pixels = decode_jpeg(jpegs[number])
+                    if crop:
+                        crop_pixels(pixels, random_view(drawn, *pixels.shape[1::-1]), out)
             return len(numbers)
 
         yield from in_threads(cores, act, full_permutations(len(samples), repeats, 0))

@@ -15,10 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-try:
-    from sami_cache.order import epoch_order
-except ImportError:  # before the order had a module of its own
-    from sami_cache.loader import epoch_order
+from sami_cache.order import epoch_order
 
 OPEN_SHARDS = (1, 2, 4, 8, 16, 32)
 BATCHES = (64, 256, 1024)

@@ -10,7 +10,7 @@ from photos import photo_folder
 
 from sami_cache.store.writing import seal_cache
 
-PEERS = ("zarr-python", "tensorstore", "numpy memmap", "safetensors", "h5py", "LMDB", "WebDataset", "Lance")
+CONTESTANTS = ("sami-cache", "zarr-python", "tensorstore", "numpy memmap", "safetensors", "h5py", "LMDB", "WebDataset", "Lance")
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def where(benchmarks: Path, tmp_path: Path) -> dict:
     return {"plain": str(tmp_path / "plain"), "cache": str(cache.path), "cores": 2}
 
 
-@pytest.mark.parametrize("name", PEERS)
-def test_a_peer_serves_every_sample_once_an_epoch_as_it_went_in(where: dict, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_a_contestant_serves_every_sample_once_an_epoch_as_it_went_in(where: dict, tmp_path: Path, name: str) -> None:
     from loader_child import Contestant
     from loader_contestants import missing_packages
 
