@@ -35,9 +35,9 @@ def where(benchmarks: Path, tmp_path: Path) -> dict:
 @pytest.mark.parametrize("name", CONTESTANTS)
 def test_a_contestant_serves_every_sample_once_an_epoch_as_it_went_in(where: dict, tmp_path: Path, name: str) -> None:
     from loader_child import Contestant
-    from loader_contestants import missing_packages
+    from loader_contestants import OURS, missing_packages
 
-    if missing_packages(name):
+    if name != OURS and missing_packages(name):
         pytest.skip(f"needs {', '.join(missing_packages(name))}")
     for images in ("none", "encoded"):
         contestant = Contestant(name=name, images=images, folder=str(tmp_path / f"{name}-{images}"), **where)
