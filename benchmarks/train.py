@@ -359,7 +359,8 @@ def paid_after(extraction: float, cached: float, online: float) -> str:
         return ""
     if online <= cached:
         return "never"
-    return f"{int(extraction / (online - cached)) + 1} epochs"
+    epochs = int(extraction / (online - cached)) + 1
+    return f"{epochs} epoch{'s' * (epochs > 1)}"
 
 
 def main() -> None:

@@ -83,6 +83,7 @@ def test_a_device_is_filled_by_doubling(script):
 
 def test_the_epoch_after_which_a_cache_is_paid_for(script):
     assert script.paid_after(10, 3, 5) == "6 epochs"  # after five they are level
+    assert script.paid_after(10, 3, 14) == "1 epoch"
     assert script.paid_after(10, 3, 3) == "never"
     assert script.paid_after(math.nan, 3, 5) == ""
     text = "\n".join(script.online_lines({"vit_s": [0.5, 1.0]}, {1024: (99.5, 1), 224: (2.5, 1)}))
