@@ -216,7 +216,8 @@ class Stored:
 
     def unpack(self, packed: bytes, out: np.ndarray) -> None:
         layout = self._layout(out)
-        unpack_chunk(memoryview(packed)[: -layout.index_bytes], layout, None, dict(enumerate(out)), "benchmark")
+        chunk = packed[: -layout.index_bytes]
+        unpack_chunk(chunk, layout, int.from_bytes(chunk[-4:], "little"), dict(enumerate(out)), "benchmark")
 
 
 class Lzma:

@@ -81,6 +81,7 @@ class FeatureSamples:
         self.codec, self.shard_samples, self.chunk_samples = codec, SHARD, 16
         self.codes_shape: tuple[int, ...] | None = self.maps.shape[1:]
         self.codes_dtype = self.maps.dtype
+        self.whole = not any(self.views)
 
     def open(self, shard: int) -> OpenShard:
         return FeatureShard(self, shard * SHARD)
@@ -104,6 +105,9 @@ class FeatureShard:
 
     def __init__(self, samples: FeatureSamples, first: int) -> None:
         self.samples, self.first = samples, first
+
+    def expect(self) -> None:
+        pass
 
     def read_codes(self, chunk: int, wanted: Mapping[int, np.ndarray]) -> None:
         start, codec = self.first + chunk * self.samples.chunk_samples, self.samples.codec

@@ -130,11 +130,12 @@ class Loader:
                 planned, coming = coming.result(), workers.submit(f"the order of epoch {epoch}", course, epoch)
                 yield planned
 
-        with Workers(self.threads, "loader") as workers:
-            yield from _Service(self, workers).serve(courses(workers))
+        # The next order must come even where every thread is stuck in a read, or nobody would notice.
+        with Workers(self.threads, "loader") as workers, Workers(1, "order") as planner:
+            yield from _Service(self, workers).serve(courses(planner))
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
-        """All chosen samples once, in storage order, whole images unflipped, with masks that never change."""
+        """All chosen samples once, in storage order: whole images unflipped, or recorded views; masks never change."""
         course = Course(EVALUATION_EPOCH, np.flatnonzero(self.chosen), batch_size, self.samples.chunk_samples)
         with Workers(self.threads, "loader") as workers:
             yield from _Service(self, workers).serve(iter([course]))
@@ -149,11 +150,13 @@ class Loader:
 class _Draft:
     """A micro-batch in preparation."""
 
-    def __init__(self, number: int, epoch: int, numbers: np.ndarray, samples: Samples, pin: bool) -> None:
-        self.number, self.epoch, self.numbers, self._pin = number, epoch, numbers, pin
-        self._lock, self._done, self._error = threading.Lock(), threading.Event(), None
-        # Every sample's codes, and the word that no more images will be asked for.
-        self._missing = 1 + (len(numbers) if samples.codes_shape else 0)
+    def __init__(self, number: int, epoch: int, numbers: np.ndarray, pieces: list[range], samples: Samples, pin: bool) -> None:
+        """`pieces`: the rows whose images are read together."""
+        self.number, self.epoch, self.numbers, self.pieces, self._pin = number, epoch, numbers, pieces, pin
+        self._done, self._error, self._arrived = threading.Event(), None, []
+        self._expected = len(pieces) + (len(numbers) if samples.codes_shape else 0)
+        if not self._expected:
+            self._done.set()
         self.codes: Tensor | None = None
         if samples.codes_shape:
             self.codes = self._empty(*samples.codes_shape, dtype=getattr(torch, samples.codes_dtype.name))
@@ -165,7 +168,7 @@ class _Draft:
     def prepare_images(self, config: LoaderConfig) -> None:
         """Make room for what comes with the codes; not before it is needed, pixels being larger."""
         self.boxes, self.flips = self._empty(4, dtype=torch.float32), self._empty(dtype=torch.bool)
-        self.boxes[:], self.flips[:], self.whole = torch.tensor([0.0, 0.0, 1.0, 1.0]), False, True
+        self.boxes[:], self.flips[:] = torch.tensor([0.0, 0.0, 1.0, 1.0]), False
         self.ids_shuffle = self._empty(config.tokens, dtype=torch.int64)
         if config.images == "pixels":
             self.pixels = self._empty(config.image_size, config.image_size, 3).permute(0, 3, 1, 2)
@@ -177,15 +180,11 @@ class _Draft:
     def _empty(self, *shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
         return torch.empty(len(self.numbers), *shape, dtype=dtype, pin_memory=self._pin)
 
-    def awaits(self, count: int) -> None:
-        with self._lock:
-            self._missing += count
-
-    def got(self, count: int) -> None:
-        with self._lock:
-            self._missing -= count
-            if not self._missing:
-                self._done.set()
+    def got(self, what: object) -> None:
+        """One sample's codes have arrived, or one piece's images. Called by any thread, once for each."""
+        self._arrived.append(what)  # needs no lock, and whoever comes last sees all of them
+        if len(self._arrived) == self._expected:
+            self._done.set()
 
     def fail(self, error: BaseException) -> None:
         self._error = self._error or error
@@ -204,10 +203,14 @@ class _Service:
 
     def __init__(self, loader: Loader, workers: Workers) -> None:
         self.samples, self.config, self.workers, self.threads = loader.samples, loader.config, workers, loader.threads
-        self.window = loader.config.open_shards * loader.samples.shard_samples // loader.world
+        shards = max(1, len(np.unique(np.flatnonzero(loader.chosen) // loader.samples.shard_samples)))
+        self.window = loader.config.open_shards * -(-loader.count // shards) // loader.world
+        self._most = 2 * loader.count > shards * loader.samples.shard_samples
         self._open: dict[int, OpenShard] = {}
         self._opening = threading.Lock()
         self._drafts: dict[int, _Draft] = {}
+        """By number: those made and not handed out yet."""
+        self._made = 0
 
     def serve(self, courses: Iterator[Course]) -> Iterator[Batch]:
         planned: deque[_Draft] = deque()
@@ -237,60 +240,56 @@ class _Service:
             for part in range(len(course)):
                 for places in course.first_needed(part) if self.samples.codes_shape else ():
                     self._ask_for_chunk(course, start, places)
-                draft = self._draft(course, start, part)
-                del self._drafts[draft.number]
-                yield draft
+                self._make_drafts(course, start, part)
+                yield self._drafts[start + part]
             start += len(course)
 
-    def _draft(self, course: Course, start: int, part: int) -> _Draft:
-        number = start + part
-        if number not in self._drafts:
-            self._drafts[number] = _Draft(number, course.epoch, course.part(part), self.samples, self.config.pin_memory)
-        return self._drafts[number]
+    def _make_drafts(self, course: Course, start: int, last: int) -> None:
+        """Of the course's micro-batches up to `last`, which are numbered from `start` on."""
+        for number in range(self._made, start + last + 1):
+            numbers = course.part(number - start)
+            size = max(1, min(32, -(-len(numbers) // self.threads)))
+            images = range(0, len(numbers) if self.config.images != "none" else 0)
+            pieces = [images[low : low + size] for low in images[::size]]
+            self._drafts[number] = _Draft(number, course.epoch, numbers, pieces, self.samples, self.config.pin_memory)
+            self._made = number + 1
 
     def _ask_for_chunk(self, course: Course, start: int, places: np.ndarray) -> None:
         """Have a chunk decompressed into all the micro-batches that hold samples of it."""
-        parts, rows = np.divmod(places, course.size)
-        drafts = [self._draft(course, start, part) for part in parts.tolist()]
-        numbers = course.numbers[places]
-        shard, first = divmod(int(numbers[0]), self.samples.shard_samples)
-        chunk = first // self.samples.chunk_samples
-        inside = (numbers % self.samples.chunk_samples).tolist()
+        # This is the thread that trains, and what it does the others wait for: it does no more than it must.
+        self._make_drafts(course, start, int(places[-1]) // course.size)
+        number = int(course.numbers[places[0]]) // self.samples.chunk_samples
+        shard, chunk = divmod(number, self.samples.shard_samples // self.samples.chunk_samples)
+
+        def drafts() -> list[_Draft]:
+            return [self._drafts[start + part] for part in (places // course.size).tolist()]
 
         def read() -> None:
-            wanted = {place: draft.codes_array[row] for place, draft, row in zip(inside, drafts, rows.tolist(), strict=True)}
+            theirs, inside = drafts(), (course.numbers[places] % self.samples.chunk_samples).tolist()
+            rows = (places % course.size).tolist()
+            wanted = {place: draft.codes_array[row] for place, draft, row in zip(inside, theirs, rows, strict=True)}
             self._shard(shard).read_codes(chunk, wanted)
-            for draft in drafts:
-                draft.got(1)
+            for draft in theirs:
+                draft.got(chunk)
 
-        self._submit(f"chunk {chunk} of shard {shard}", read, drafts)
+        self._submit(f"chunk {chunk} of shard {shard}", read, drafts, start + int(places[0]) // course.size)
 
     def _ask_for_images(self, draft: _Draft) -> None:
         draft.prepare_images(self.config)
-        if self.config.images != "none":
-            size = self._piece(draft)
-            for start in range(0, len(draft.numbers), size):
-                draft.awaits(1)
-                rows = range(start, min(start + size, len(draft.numbers)))
-                what = f"sample {self.samples.keys[draft.numbers[start]]!r} and the {len(rows) - 1} after it"
-                self._submit(what, lambda rows=rows: self._read_images(draft, rows), [draft])
-        draft.got(1)
-
-    def _piece(self, draft: _Draft) -> int:
-        """Images that one thread takes at a time."""
-        return max(1, min(32, -(-len(draft.numbers) // self.threads)))
+        for rows in draft.pieces:
+            self._submit(f"{len(rows)} images", lambda rows=rows: self._read_images(draft, rows), lambda: [draft], draft.number)
 
     def _batches_ahead(self, draft: _Draft) -> int:
         """Enough that every thread has images to decode while the oldest micro-batch is being finished."""
-        return 2 + 2 * self.threads * self._piece(draft) // len(draft.numbers)
+        return 2 + 2 * self.threads // max(1, len(draft.pieces))
 
-    def _submit(self, what: str, call: Callable[[], None], drafts: list[_Draft]) -> None:
+    def _submit(self, what: str, call: Callable[[], None], concerned: Callable[[], list[_Draft]], urgency: int) -> None:
         def tell(future: Future[None]) -> None:
             if not future.cancelled() and (error := future.exception()):
-                for draft in drafts:
+                for draft in concerned():
                     draft.fail(error)
 
-        self.workers.submit(what, call, urgency=drafts[0].number).add_done_callback(tell)
+        self.workers.submit(what, call, urgency=urgency).add_done_callback(tell)
 
     def _shard(self, number: int) -> OpenShard:
         opened = self._open.get(number)
@@ -299,6 +298,8 @@ class _Service:
                 opened = self._open.get(number)
                 if opened is None:
                     opened = self._open[number] = self.samples.open(number)
+                    if self._most:
+                        opened.expect()
                     if len(self._open) > 4 * self.config.open_shards:
                         self._open.pop(next(iter(self._open)))
         return opened
@@ -309,15 +310,15 @@ class _Service:
             assert draft.encoded is not None
             for row, number in zip(rows, numbers.tolist(), strict=True):
                 shard, place = divmod(number, self.samples.shard_samples)
+                self.workers.sign(f"sample {self.samples.keys[number]!r}")
                 draft.encoded[row] = self._shard(shard).encoded(place)
-                self.workers.sign()
-            return draft.got(1)
+            return draft.got(rows)
         words = random_words(config.seed, draft.epoch, numbers, VIEW_DRAWS + config.tokens)
         draft.ids_shuffle.numpy()[rows.start : rows.stop] = words[:, VIEW_DRAWS:].argsort(axis=1)
         for row, number, draws in zip(rows, numbers.tolist(), uniform(words[:, :VIEW_DRAWS]).tolist(), strict=True):
+            self.workers.sign(f"sample {self.samples.keys[number]!r}")
             self._cut_image(draft, row, number, draws)
-            self.workers.sign()
-        return draft.got(1)
+        return draft.got(rows)
 
     def _cut_image(self, draft: _Draft, row: int, number: int, draws: list[float]) -> None:
         shard, place = divmod(number, self.samples.shard_samples)
@@ -326,7 +327,6 @@ class _Service:
         height, width = pixels.shape[:2]
         drawn = View() if draft.epoch == EVALUATION_EPOCH else random_view(draws, width, height, self.config.views)
         view = recorded or drawn
-        draft.whole = recorded is None  # the same for all samples
         draft.boxes.numpy()[row] = view.box
         draft.flips.numpy()[row] = view.flip
         assert draft.pixels is not None
@@ -350,12 +350,13 @@ class _Service:
                     f"{waited:.1f} s ({busy}). Check the disk and the network it lies on, or wait longer with --data-timeout; "
                     "a training goes on from its last checkpoint with --resume."
                 )
+        del self._drafts[draft.number]
         return Batch(
             samples=draft.numbers,
             keys=keys,
             pixels=draft.pixels,
             codes=draft.codes,
-            whole=draft.whole,
+            whole=self.samples.whole,
             boxes=draft.boxes,
             flips=draft.flips,
             ids_shuffle=draft.ids_shuffle,

@@ -20,6 +20,10 @@ from sami_cache.store.shards import ShardFile
 class OpenShard(Protocol):
     """One shard, its files open until nobody holds it any more. Thread-safe."""
 
+    def expect(self) -> None:
+        """Most of the shard will be read soon."""
+        ...
+
     def read_codes(self, chunk: int, wanted: Mapping[int, np.ndarray]) -> None:
         """Copy the codes of samples of a chunk, by place in the chunk, into contiguous memory of their shape and type."""
         ...
@@ -47,6 +51,8 @@ class Samples(Protocol):
     shard_samples: int
     chunk_samples: int
     """Samples whose codes are decoded together; shards hold a whole number of chunks."""
+    whole: bool
+    """Whether a sample stands for a whole image, of which views are to be drawn, or for one recorded view."""
     codes_shape: tuple[int, ...] | None
     """Of one sample, None where there are no codes."""
     codes_dtype: np.dtype
@@ -79,6 +85,7 @@ class CacheSamples:
         self.labels = table["label"].to_pylist()
         self.usable = np.array([status == OK for status in table["status"].to_pylist()])
         self.shard_samples, self.chunk_samples = cache.layout.shard_samples, cache.layout.chunk_samples
+        self.whole = not cache.views
         self.codes_shape: tuple[int, ...] | None = cache.layout.sample_shape
         self.codes_dtype = cache.layout.stored_dtype
         self._where = {key: index for index, key in enumerate(source.keys)} if source and not cache.has_images else {}
@@ -99,12 +106,11 @@ class CacheSamples:
                 f"{self.cache.record_path(shard)}: is not the record that the cache was sealed with. `sami-cache verify "
                 "--repair` mends what the images can mend."
             )
-        views = [sample.view for sample in record.samples]
         return _Known(
             sizes=[record.files[name].size for name in self.cache.shard_files(shard)],
             checksums=record.chunk_crc32c,
             jpegs=np.array([sample.jpeg or (0, 0, 0) for sample in record.samples]),
-            views=None if views[0] is None else np.array([view or (0, 0, 1, 1, 0) for view in views]),
+            views=None if self.whole else np.array([sample.view or (0, 0, 1, 1, 0) for sample in record.samples]),
             sources=None if self.cache.has_images else [sample.source for sample in record.samples],
         )
 
@@ -144,8 +150,11 @@ class _CacheShard:
         paths = [cache.path / name for name in cache.shard_files(shard)]
         self._codes = ShardFile(paths[0], cache.layout, known.sizes[0], known.checksums)
         self._images = ImageFile(paths[1], known.sizes[1]) if cache.has_images else None
-        for file in filter(None, (self._codes, self._images)):
-            file.expect()
+
+    def expect(self) -> None:
+        self._codes.expect()
+        if self._images:
+            self._images.expect()
 
     def read_codes(self, chunk: int, wanted: Mapping[int, np.ndarray]) -> None:
         self._codes.read_chunk(chunk, wanted)
@@ -161,8 +170,13 @@ class _CacheShard:
         return self._images.read(where, key)
 
     def pixels(self, place: int) -> np.ndarray:
-        data = self.encoded(place)
-        return decode_source(data, self._samples.keys[self._first + place]) if self._images is None else decode_jpeg(data)
+        data, key = self.encoded(place), self._samples.keys[self._first + place]
+        if self._images is None:
+            return decode_source(data, key)
+        try:
+            return decode_jpeg(data)
+        except ImageError as error:
+            raise ImageError(f"{self._images.path}: the image of {key!r}: {error}") from error
 
     def view(self, place: int) -> View | None:
         if self._known.views is None:
@@ -174,6 +188,7 @@ class _CacheShard:
 class SourceSamples:
     """The images of a source without a cache, for training with the teacher online."""
 
+    whole = True
     codes_shape: tuple[int, ...] | None = None
     codes_dtype = np.dtype(np.int8)
 
@@ -189,6 +204,9 @@ class SourceSamples:
 class _SourceShard:
     def __init__(self, samples: SourceSamples, first: int) -> None:
         self._samples, self._first = samples, first
+
+    def expect(self) -> None:
+        pass
 
     def read_codes(self, chunk: int, wanted: Mapping[int, np.ndarray]) -> None:
         raise SamiCacheError("images without a cache come without codes")

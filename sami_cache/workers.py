@@ -47,9 +47,10 @@ class Workers:
         self._tasks.put((urgency, next(self._numbers), (future, what, call, arguments)))
         return future
 
-    def sign(self) -> None:
-        """Called by a task that takes long, whenever a part of it is done."""
+    def sign(self, what: str) -> None:
+        """Called by a task of many parts at the beginning of each: `what` it is at now."""
         self.last_sign = time.monotonic()
+        self._busy[threading.current_thread().name] = what, self.last_sign
 
     def at_work(self) -> list[str]:
         """What each busy thread is at, the one that began first in front."""
@@ -82,20 +83,23 @@ class Workers:
             if self._closed or not future.set_running_or_notify_cancel():
                 future.cancel()
                 continue
-            self._busy[name] = what, time.monotonic()
-            self.sign()
+            self.sign(what)
             try:
                 future.set_result(call(*arguments))
             except SamiCacheError as error:
                 future.set_exception(error)
             except MemoryError as error:
-                future.set_exception(_failure(f"worker {name} ran out of memory at {what}. Use fewer --workers", error))
+                future.set_exception(
+                    _failure(f"worker {name} ran out of memory at {self._busy[name][0]}. Use fewer --workers", error)
+                )
             except BaseException as error:
                 # SystemExit too: in a thread it would end nothing but the thread, and nobody would be told.
-                future.set_exception(_failure(f"worker {name} failed at {what} ({type(error).__name__}: {error})", error))
+                future.set_exception(
+                    _failure(f"worker {name} failed at {self._busy[name][0]} ({type(error).__name__}: {error})", error)
+                )
             finally:
                 del self._busy[name]
-                self.sign()
+                self.last_sign = time.monotonic()
                 del future, call, arguments
 
 

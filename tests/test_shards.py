@@ -204,12 +204,12 @@ def test_a_chunk_that_holds_another_number_of_bytes_is_refused(size: int) -> Non
 
     frame = zstandard.ZstdCompressor(level=1, write_checksum=True).compress(bytes(size))
     with pytest.raises(DamageError, match=r"the chunk holds .* expected 48"):
-        unpack_chunk(frame + crc32c(frame).to_bytes(4, "little"), LAYOUT, None, {}, "here")
+        unpack_chunk(frame + crc32c(frame).to_bytes(4, "little"), LAYOUT, crc32c(frame), {}, "here")
 
 
 def test_a_chunk_that_is_no_zstd_is_refused() -> None:
     with pytest.raises(DamageError, match="here: zstd cannot decode the chunk"):
-        unpack_chunk(b"garbage" + crc32c(b"garbage").to_bytes(4, "little"), LAYOUT, None, {}, "here")
+        unpack_chunk(b"garbage" + crc32c(b"garbage").to_bytes(4, "little"), LAYOUT, crc32c(b"garbage"), {}, "here")
 
 
 def test_zstds_own_checksum_is_written() -> None:

@@ -55,7 +55,7 @@ def test_what_is_being_done_is_known_and_signs_of_life_are_dated(workers):
     assert " at shard 3 for 0." in line
     began = workers.last_sign
     assert began > before
-    workers.sign()
+    workers.submit("shard 4", lambda: workers.sign("sample 'b'")).result(5)
     assert workers.last_sign > began
     hold.set()
     assert future.result(5)
