@@ -187,6 +187,12 @@ def once(state: str, child: Child, way: str, seconds: float, seed: int) -> dict[
         return child.ask(state, way=way, seconds=seconds, seed=seed)
 
 
+def without_places(words: list[str]) -> list[str]:
+    """A command line with names in the place of this machine's paths."""
+    named = {"--data": "DIR", "--work": "DIR", "--peer-python": "PYTHON", "--out": "FILE"}
+    return [named.get(before, word) for before, word in zip(["", *words], words, strict=False)]
+
+
 def heading(given: argparse.Namespace, started: float) -> list[str]:
     peers = subprocess.run(
         [given.peer_python, "-c", "import torch, numpy; print(torch.__version__, numpy.__version__)"],
@@ -197,7 +203,7 @@ def heading(given: argparse.Namespace, started: float) -> list[str]:
     return [
         "# Loading: ours and its peers",
         "",
-        f"Command: `{' '.join(['python', 'benchmarks/loader.py', *given.command])}`. Hardware: {CORES} cores, "
+        f"Command: `{' '.join(['python', 'benchmarks/loader.py', *without_places(given.command)])}`. Hardware: {CORES} cores, "
         f"{platform.machine()}; Python {platform.python_version()}; torch and numpy of the peers: {' and '.join(peers)}. Date: "
         f"{time.strftime('%Y%m%d')}. Duration: {time.monotonic() - started:.0f} s.",
         "",
