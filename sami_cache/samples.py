@@ -63,7 +63,10 @@ class Samples(Protocol):
 
 
 class CacheSamples:
-    """The samples of a cache: codes and JPEGs, every byte checked against the commit records on the way."""
+    """The samples of a cache: codes and JPEGs, every byte checked against the commit records on the way.
+
+    What belongs together is what one row of a sealed commit record names: key, codes, JPEG and view.
+    """
 
     def __init__(self, cache: Cache, source: Source | None = None) -> None:
         """`source`: where to read images from if the cache holds none; each is checked against the digest in its record."""

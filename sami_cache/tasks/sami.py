@@ -9,6 +9,7 @@ and one scale), but a loss of 1 then means "predicts the mean" for every teacher
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -132,14 +133,15 @@ class OnlineTargets(nn.Module):
     def calibrate(self, batches: Iterator[Batch], count: int, device: torch.device) -> None:
         """Measure mean and variance, which a cache knows from its extraction, on about `count` samples."""
         total, squares, positions, seen = torch.zeros(self.channels).double(), 0.0, 0, 0
-        for batch in batches:
-            features = self._embed(batch, device, 14).cpu().double()
-            total += features.sum((0, 1))
-            squares += float(features.square().sum())
-            positions += features.shape[0] * features.shape[1]
-            seen += len(batch.keys)
-            if seen >= count:
-                break
+        with closing(batches):  # type: ignore[type-var]
+            for batch in batches:
+                features = self._embed(batch, device, 14).cpu().double()
+                total += features.sum((0, 1))
+                squares += float(features.square().sum())
+                positions += features.shape[0] * features.shape[1]
+                seen += len(batch.keys)
+                if seen >= count:
+                    break
         mean = total / positions
         self.scale = float((squares / positions - mean.square().sum()) / self.channels) ** 0.5
         self.mean = mean.float().to(device)
