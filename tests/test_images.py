@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from photos import picture
 from PIL import Image, ImageOps, PngImagePlugin
 
-from sami_cache.data.images import decode_image, encode_jpeg
+from sami_cache.data.images import decode_image, decode_jpeg, encode_jpeg, jpeg_size
 from sami_cache.errors import ImageError
 
 
@@ -335,3 +336,18 @@ def test_threads_agree():
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda data: encode_jpeg(decode_image(data), short_side=64), files))
     assert together == alone
+
+
+def test_cached_jpegs_decode_to_pillows_pixels_bit_for_bit():
+    """Odd sizes and chroma that is sampled down; the second call uses the first one's memory again."""
+    rng = np.random.default_rng(0)
+    for name, side in (("chelsea", 256), ("coffee", 97), ("astronaut", 33)):
+        data = encode_jpeg(picture(name).convert("RGB"), short_side=side)
+        assert (decode_jpeg(data) == np.asarray(Image.open(io.BytesIO(data)))).all()
+    noise = encode_jpeg(Image.fromarray(rng.integers(0, 256, (41, 67, 3), np.uint8)))
+    assert (decode_jpeg(noise) == np.asarray(Image.open(io.BytesIO(noise)))).all()
+    assert decode_jpeg(noise).shape[1::-1] == jpeg_size(67, 41)
+    with pytest.raises(ImageError):
+        decode_jpeg(noise[: len(noise) // 2])
+    with pytest.raises(ImageError):
+        decode_jpeg(b"no JPEG")
