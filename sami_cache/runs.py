@@ -33,8 +33,9 @@ def open_run(
 ) -> tuple[Checkpoint | None, IO[str]]:
     """Claim `run_dir` and write its configuration. Returns where to go on from (None: at the start) and the lock to hold.
 
-    `surroundings` is recorded beside `settings`, and never compared. Raises `SamiCacheError` where the directory is taken or
-    is none of ours, `IdentityError` listing the settings that differ, `DamageError` where no checkpoint is intact.
+    `surroundings` is recorded beside `settings`, and never compared. Raises
+    `SamiCacheError` where the directory is taken or is none of ours, `IdentityError` listing the settings that differ,
+    `DamageError` where no checkpoint is intact.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise SamiCacheError(f"{run_dir} is a file: give a directory with --run")
@@ -56,7 +57,8 @@ def open_run(
                 _log.warning("%s has no checkpoint yet: starting at step 0", run_dir)
             set_aside_after(run_dir / "checkpoints", checkpoint.step if checkpoint else -1)
         step = checkpoint.step if checkpoint else 0
-        start = {"step": step, "processes": surroundings["processes"], "accumulate": settings["train"]["accumulate"]}
+        parts = settings.get("train", {}).get("accumulate")
+        start = {"step": step, "processes": surroundings.get("processes"), "accumulate": parts}
         starts = [*(earlier for earlier in _read_starts(run_dir) if earlier["step"] < step), start]
         unfinished = run_dir / "config.json.unfinished"
         unfinished.write_text(json.dumps({"config": settings, **surroundings, "starts": starts}, indent=2) + "\n")
