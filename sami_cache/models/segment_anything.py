@@ -172,7 +172,7 @@ class SegmentAnything(nn.Module):
         if self.config.family == "efficientsam":
             return size, size
         scale = size / max(height, width)
-        return int(height * scale + 0.5), int(width * scale + 0.5)
+        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
     def preprocess(self, image: np.ndarray) -> Tensor:
         """An upright RGB picture, uint8 [H, W, 3], as normalised float32 [3, S, S].
