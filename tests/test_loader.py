@@ -136,7 +136,8 @@ def test_a_bright_spot_is_where_the_features_say(tmp_path):
 
 def test_replay_batches_carry_the_recorded_views(tmp_path):
     photo_folder(tmp_path / "photos", 48)
-    (tmp_path / "photos" / "0.jpg").write_bytes(b"\xff\xd8\xff torn")  # a shard begins with it
+    first = open_source(tmp_path / "photos").keys[0]
+    (tmp_path / "photos" / first).write_bytes(b"\xff\xd8\xff torn")  # a shard begins with it
     extract(ExtractConfig(data=tmp_path / "photos", cache=tmp_path / "replay.zarr", views=2, **{**LITE0, "grid": 14}))
     samples = CacheSamples(Cache(tmp_path / "replay.zarr"))
     rows = samples.cache.table().to_pylist()

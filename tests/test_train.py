@@ -42,9 +42,9 @@ def lines(run):
 
 
 def test_a_run_learns_and_says_how(folder, tmp_path):
-    last = train(config(folder, tmp_path / "run", steps=12, log_every=1, base_lr=3e-3, batch_size=8))
+    last = train(config(folder, tmp_path / "run", steps=20, log_every=1, base_lr=3e-3, batch_size=8))
     logged = lines(tmp_path / "run")
-    assert [line["step"] for line in logged] == list(range(13))
+    assert [line["step"] for line in logged] == list(range(21))
     assert logged[-1]["loss"] < 0.75 * logged[1]["loss"]
     assert last["heldout_loss"] < logged[0]["heldout_loss"]
     for line in logged[1:]:
