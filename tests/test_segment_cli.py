@@ -16,6 +16,8 @@ from sami_cache.inference.predictor import SamPredictor
 from sami_cache.models.segment_anything import SegmentAnything, SegmentAnythingConfig
 from sami_cache.models.segment_anything_weights import load_segment_anything, save_segment_anything
 
+SMALL = 128
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -31,6 +33,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = SegmentAnything(SegmentAnythingConfig(family=family, encoder="vit_t", depth=1))
         save_segment_anything(model, home / f"{family}.pt")
     return home
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same weights at SMALL pixels, which files do not tell and runs record."""
+    monkeypatch.setattr("pipelines.segment.open_promptable", lambda path, device: load_segment_anything(path, image_size=SMALL))
 
 
 @pytest.fixture
@@ -65,8 +73,8 @@ def written(folder: Path) -> tuple[dict, list[np.ndarray], np.ndarray]:
     return content, masks, np.asarray(Image.open(folder / "overlay.jpg"))
 
 
-def predictor(home: Path, family: str) -> SamPredictor:
-    found = SamPredictor(load_segment_anything(home / f"{family}.pt"))
+def predictor(home: Path, family: str, image_size: int = SMALL) -> SamPredictor:
+    found = SamPredictor(load_segment_anything(home / f"{family}.pt", image_size=image_size))
     found.set_image(np.asarray(Image.open(home / "coffee.png")))
     return found
 
@@ -77,7 +85,7 @@ def test_a_point_gives_the_mask_of_the_highest_estimate(home: Path, segment) -> 
     assert "1 masks: coffee_masks/masks.json; look: coffee_masks/overlay.jpg" in out
     content, masks, overlay = written(home / "coffee_masks")
     assert content["image"] == {"image_id": 0, "file_name": "coffee.png", "height": 200, "width": 300}
-    three, iou, _ = predictor(home, "sam").predict([[150, 90.5]], [1])
+    three, iou, _ = predictor(home, "sam", 1024).predict([[150, 90.5]], [1])
     assert np.array_equal(masks[0], three[iou.argmax()])
     assert content["annotations"][0]["predicted_iou"] == pytest.approx(iou.max())
     photo = np.asarray(Image.open(home / "coffee.png")).astype(int)
@@ -86,7 +94,7 @@ def test_a_point_gives_the_mask_of_the_highest_estimate(home: Path, segment) -> 
     assert masks[0].any()
 
 
-def test_points_that_leave_no_doubt_get_the_single_mask_and_all_three_on_request(home: Path, segment) -> None:
+def test_points_that_leave_no_doubt_get_the_single_mask_and_all_three_on_request(home: Path, small: None, segment) -> None:
     asked = ("--point", "150,90", "--negative", "10,10", "--box", "20,30,250,180")
     given = {"point_coords": [[150, 90], [10, 10]], "point_labels": [1, 0], "box": [20, 30, 250, 180]}
     assert segment("coffee.png", "--model", "sam.pt", *asked, "--out", "one")[0] == 0
@@ -98,7 +106,7 @@ def test_points_that_leave_no_doubt_get_the_single_mask_and_all_three_on_request
         assert [mask.tolist() for mask in masks] == [three[index].tolist() for index in np.argsort(-iou)]
 
 
-def test_several_boxes_are_a_query_each(home: Path, segment) -> None:
+def test_several_boxes_are_a_query_each(home: Path, small: None, segment) -> None:
     boxes = [[10, 20, 100, 120], [50, 60, 300, 200]]
     options = [text for box in boxes for text in ("--box", ",".join(map(str, box)))]
     code, out, _ = segment("coffee.png", "--model", "efficientsam.pt", *options, "--out", "boxes")
@@ -111,7 +119,7 @@ def test_several_boxes_are_a_query_each(home: Path, segment) -> None:
         assert np.array_equal(mask, three[iou.argmax()])
 
 
-def test_places_are_of_the_upright_picture(home: Path, segment) -> None:
+def test_places_are_of_the_upright_picture(home: Path, small: None, segment) -> None:
     for name in ("coffee", "turned"):
         assert segment(f"{name}.png", "--model", "sam.pt", "--point", "290,10", "--out", f"{name}_up")[0] == 0
     upright, turned = written(home / "coffee_up"), written(home / "turned_up")
@@ -119,7 +127,7 @@ def test_places_are_of_the_upright_picture(home: Path, segment) -> None:
     assert np.array_equal(upright[1][0], turned[1][0])
 
 
-def test_everything_is_written_as_sa_1b_has_it(home: Path, segment) -> None:
+def test_everything_is_written_as_sa_1b_has_it(home: Path, small: None, segment) -> None:
     options = ("--points-per-side", "2", "--pred-iou-thresh", "0", "--stability-score-thresh", "0", "--out", "all")
     code, out, _ = segment("coffee.png", "--model", "efficientsam.pt", "--everything", *options)
     assert code == 0
@@ -138,7 +146,7 @@ def test_everything_is_written_as_sa_1b_has_it(home: Path, segment) -> None:
     assert f"{len(masks)} masks" in out
 
 
-def test_results_are_replaced_only_on_request(home: Path, segment) -> None:
+def test_results_are_replaced_only_on_request(home: Path, small: None, segment) -> None:
     asked = ("coffee.png", "--model", "sam.pt", "--out", "again")
     assert segment(*asked, "--point", "5,5", "--all-masks")[0] == 0
     (home / "again" / "mask_of_mine.png").write_bytes(b"")
@@ -184,12 +192,12 @@ def test_bad_prompts_are_told_before_the_model_is_opened(home: Path, segment, ar
 
 def test_bad_pictures_and_models_are_told(home: Path, segment) -> None:
     (home / "text.jpg").write_text("no picture")
-    (home / "other.pt").write_bytes(b"no weights")
+    torch.save({"weight": torch.zeros(3)}, home / "other.pt")
     for image, model, reason in (
         ("none.jpg", "sam.pt", "none.jpg: No such file or directory"),
         ("text.jpg", "sam.pt", "text.jpg: not an image: expected JPEG"),
         ("coffee.png", "none.pt", "no such file: none.pt"),
-        ("coffee.png", "other.pt", "cannot read other.pt: it is damaged, or no checkpoint"),
+        ("coffee.png", "other.pt", "other.pt holds no whole promptable model"),
     ):
         code, _, err = segment(image, "--model", model, "--point", "1,1", "--out", "bad")
         assert code == 2

@@ -27,7 +27,8 @@ def draw_masks(image: np.ndarray, masks: Iterable[np.ndarray]) -> np.ndarray:
         part, colour = mask[box], np.array(COLOURS[index % len(COLOURS)], np.uint8)
         target = drawn[box]
         target[part] = target[part] // 2 + colour // 2
-        target[part & ~binary_erosion(part, iterations=width)] = colour
+        inner = np.asarray(binary_erosion(part, iterations=width), dtype=bool)
+        target[part & ~inner] = colour
     return drawn
 
 
