@@ -227,7 +227,8 @@ def _polygons_to_rle(polygons: list[Any], height: int, width: int, where: str) -
             raise SamiCacheError(f"{where}: expected polygons [x, y, x, y, x, y, ...], found {one_line(polygon, 80)}")
         if min(polygon) < -reach or max(polygon) > reach:
             raise SamiCacheError(f"{where}: a polygon lies far outside of the {width}x{height} picture: expected its pixels")
-    return coco_mask.merge(coco_mask.frPyObjects([list(map(float, polygon)) for polygon in polygons], height, width))
+    parts: Any = coco_mask.frPyObjects([list(map(float, polygon)) for polygon in polygons], height, width)
+    return coco_mask.merge(parts)
 
 
 def _runs_to_rle(segmentation: Mapping[str, Any], height: int, width: int, where: str) -> dict[str, Any]:
