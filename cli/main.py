@@ -11,7 +11,7 @@ import traceback
 import typer
 
 import sami_cache
-from cli import cache_commands, inspect_command, segment_commands, train_commands
+from cli import cache_commands, finetune_commands, inspect_command, segment_commands, train_commands
 from sami_cache.errors import Interrupted, SamiCacheError
 from sami_cache.peers import PeerError, leave, this_rank, under_torchrun
 
@@ -29,6 +29,7 @@ cache_commands.register(app)
 inspect_command.register(app)
 train_commands.register(app)
 segment_commands.register(app)
+finetune_commands.register(app)
 
 
 def _version(value: bool) -> None:

@@ -94,10 +94,16 @@ class TrainingLines:
         if "epoch" in line:
             text += f"  epoch {line['epoch']:.2f}"
         if "loss" in line:
-            text += f"  loss {line['loss']:.4f} (visible {line['loss_visible']:.4f}, masked {line['loss_masked']:.4f})"
+            text += f"  loss {line['loss']:.4f}"
+            if "loss_visible" in line:
+                text += f" (visible {line['loss_visible']:.4f}, masked {line['loss_masked']:.4f})"
+            if "iou_first" in line:
+                text += f" (IoU {line['iou_first']:.3f} at the first prompt, {line['iou_last']:.3f} after the last)"
             text += f"  {line['images_per_s']:.1f} images/s  data wait {line['data_wait_percent']:.1f} %"
         if "heldout_cosine" in line:
             text += f"  held-out loss {line['heldout_loss']:.4f}, cosine {line['heldout_cosine']:.4f}"
+        if "heldout_box_miou" in line:
+            text += f"  held-out mIoU: box {line['heldout_box_miou']:.3f}, 1 click {line['heldout_click_miou']:.3f}"
         if line["step"] and line["step"] < self.steps:
             text += f"  {duration(line['seconds'] / line['step'] * (self.steps - line['step']))} left"
         print(text, file=sys.stderr, flush=True)

@@ -27,3 +27,19 @@ PUBLISHED_TOP1 = {
     "vit_s": {"MAE": 81.5, "SAMI": 82.7},
     "vit_b": {"MAE": 83.6, "SAMI": 84.8},
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptableRecipe:
+    """Fine-tuning to segment anything, section 4.1 of the paper: SA-1B, encoder and decoder jointly, no augmentation."""
+
+    epochs: int = 5
+    batch_size: int = 128
+    lr: float = 4e-4
+    """At a batch of 128; it falls linearly to 0."""
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    image_size: int = 1024
+
+
+EFFICIENTSAM_SA1B = PromptableRecipe()

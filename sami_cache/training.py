@@ -80,7 +80,9 @@ class TrainConfig:
     warmup_steps: int = 0
     """Optimizer steps of linear warm-up."""
     min_lr: float = 0.0
-    """What the cosine ends at."""
+    """What the schedule ends at."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls after the warm-up."""
     accumulate: int = 1
     """Micro-batches a step; same gradient, less memory."""
     weight_decay: float = 0.05
@@ -118,16 +120,22 @@ class TrainConfig:
             raise SamiCacheError(f"lr is {self.lr} and min_lr {self.min_lr}: expected 0 <= min_lr <= lr, and lr above 0")
         if self.seed < 0:
             raise SamiCacheError(f"seed is {self.seed}: expected 0 or more")
+        if self.schedule not in ("cosine", "linear"):
+            raise SamiCacheError(f"schedule is {self.schedule!r}: expected 'cosine' or 'linear'")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise SamiCacheError(f"precision is {self.precision!r}: expected 'auto', 'float32' or 'bfloat16'")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Of the step with this 0-based number: linear from lr / warmup_steps up to lr, then half a cosine to min_lr at `steps`."""
+    """Of the step with this 0-based number: linear from lr / warmup_steps up to lr, then down to min_lr at `steps`.
+
+    Down by half a cosine, or linearly.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    left = 1 - min(1.0, done) if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return config.min_lr + (config.lr - config.min_lr) * left
 
 
 class Trainer:
@@ -161,8 +169,11 @@ class Trainer:
             raise SamiCacheError(
                 f"batch_size {config.batch_size} is no multiple of {self.world} processes x {config.accumulate} micro-batches"
             )
+        train = asdict(config)
+        if config.schedule == "cosine":  # as all were before there was a choice, and they are to be continued
+            del train["schedule"]
         # Through JSON, so that what is compared on resume has the types of what was saved.
-        self.settings = json.loads(json.dumps({**(settings or {}), "train": asdict(config)}))
+        self.settings = json.loads(json.dumps({**(settings or {}), "train": train}))
         self._lock: IO[str] | None = None
         self._ddp: DistributedDataParallel | None = None
         self._stop = StopSignal(self._describe_abandoned, grace)

@@ -125,6 +125,22 @@ def undisturbed(tmp_path_factory):
     return run, task, final
 
 
+def test_a_linear_schedule_falls_by_equal_steps():
+    config = configure(steps=100, warmup_steps=10, lr=2.0, min_lr=0.2, schedule="linear")
+    assert learning_rate(9, config) == learning_rate(10, config) == 2.0
+    assert learning_rate(55, config) == pytest.approx(1.1)
+    assert learning_rate(100, config) == pytest.approx(0.2)
+    assert learning_rate(30, config) - learning_rate(31, config) == pytest.approx(1.8 / 90)
+    with pytest.raises(SamiCacheError, match="schedule is 'step': expected 'cosine' or 'linear'"):
+        configure(schedule="step")
+
+
+def test_runs_from_before_there_was_a_choice_of_schedule_go_on(tmp_path):
+    assert "schedule" not in Trainer(ToyTask(configure()), configure(), tmp_path / "cosine", CPU).settings["train"]
+    linear = Trainer(ToyTask(configure()), configure(schedule="linear"), tmp_path / "linear", CPU)
+    assert linear.settings["train"]["schedule"] == "linear"
+
+
 def test_learning_rate_at_its_corners():
     config = configure(steps=100, warmup_steps=10, lr=2.0, min_lr=0.5)
     assert learning_rate(0, config) == pytest.approx(0.2)
