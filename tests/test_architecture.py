@@ -23,7 +23,7 @@ ALLOWED = {
 # Beyond the standard library.
 FOREIGN = {
     "sami_cache.store": {"blake3", "google_crc32c", "numpy", "pyarrow", "xxhash", "zstandard"},
-    "sami_cache.data": {"numpy", "PIL", "pyarrow", "simplejpeg", "torch"},
+    "sami_cache.data": {"faster_coco_eval", "numpy", "PIL", "pyarrow", "simplejpeg", "torch"},
 }
 # Costly to import, and not needed by every command: they must not be loaded to show a help text.
 HEAVY = {"torch", "timm", "matplotlib", "pyarrow", "pipelines"}
