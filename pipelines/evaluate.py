@@ -112,13 +112,17 @@ def _measure(
         model = open_promptable(config.model, device)
     segmenter: Segmenter = BoxItself() if model is None else ModelSegmenter(model)
     prompts = tuple(prompt for prompt in config.prompts if prompt == "box" or segmenter.takes_points)
+    if not prompts and truth is None:
+        raise SamiCacheError(
+            "the box itself as the mask answers no clicks: add box to --prompts, or give a detector's --boxes."
+        )
     protocol = replace(config.protocol, previous_mask=config.protocol.previous_mask and segmenter.takes_masks)
 
-    tally = _Tally(prompts, protocol)
+    tally = _Tally(segmenter, prompts, protocol)
     for index in range(total):
         objects = annotations.objects(index)
         wanted = best_boxes(boxes.get(truth.images[index]["id"], []), style) if truth and style else []
-        tally.add(segmenter, annotations, index, objects, wanted)
+        tally.add(annotations, index, objects, wanted)
         progress(Moment(index + 1, total, tally.measured, time.monotonic() - started))
 
     result: dict[str, Any] = {
@@ -141,16 +145,20 @@ def _measure(
 class _Tally:
     """What was measured so far."""
 
-    def __init__(self, prompts: tuple[str, ...], protocol: Protocol) -> None:
+    def __init__(self, segmenter: Segmenter, prompts: tuple[str, ...], protocol: Protocol) -> None:
         """
         Args:
             protocol: with `previous_mask` as the model takes it.
         """
-        self._prompts, self._protocol = prompts, protocol
+        self._segmenter, self._prompts, self._protocol = segmenter, prompts, protocol
         self._ious: dict[str, list[float]] = {prompt: [] for prompt in prompts}
         self.counts = {"objects": 0, "crowd_dropped": 0, "empty_left_out": 0}
         self.detections: list[dict[str, Any]] = []
         self.boxes: list[dict[str, Any]] = []
+
+    @property
+    def only_mask(self) -> str | None:
+        return self._segmenter.only_mask
 
     @property
     def measured(self) -> int:
@@ -158,7 +166,6 @@ class _Tally:
 
     def add(
         self,
-        segmenter: Segmenter,
         annotations: Annotations,
         index: int,
         objects: list[Object],
@@ -169,9 +176,9 @@ class _Tally:
         if not (kept or boxes):
             return
         image = annotations.read_image(index)
-        segmenter.set_image(image)
+        self._segmenter.set_image(image)
         if kept:
-            found = measure_objects(segmenter, kept, self._protocol, self._prompts)
+            found = measure_objects(self._segmenter, kept, self._protocol, self._prompts)
             measured = len(found[self._prompts[0]])
             for prompt, values in found.items():
                 self._ious[prompt] += values
@@ -180,7 +187,7 @@ class _Tally:
             self.counts["crowd_dropped"] += len(objects) - len(kept)
         if boxes:
             corners = _corners(boxes, *image.shape[:2])
-            masks = segment_boxes(segmenter, corners, self._protocol)
+            masks = segment_boxes(self._segmenter, corners, self._protocol)
             for box, mask in zip(boxes, masks, strict=True):
                 about = {key: box[key] for key in ("image_id", "category_id")}
                 self.detections.append({**about, "segmentation": to_rle(mask), "score": box["score"]})
@@ -194,7 +201,7 @@ class _Tally:
                 "miou": float(np.mean(values)) if values else None,
                 "objects": len(values),
                 "protocol": self._protocol.name,
-                "settings": self._protocol.settings(prompt),
+                "settings": self._protocol.settings(prompt, self._segmenter.only_mask),
             }
             for prompt, values in self._ious.items()
         ]
@@ -253,8 +260,9 @@ def _score(
         "masks": average_precision(dataset, tally.detections, style=style),
         "boxes": average_precision(dataset, tally.boxes, style=style, kind="bbox"),
         "protocol": protocol.name,
-        "settings": f"mask {protocol.detection_mask}, boxes and scores of {boxes.name}, maxDets {MAX_DETECTIONS[style]} "
-        f"({'an image' if style == 'lvis' else 'an image and category'}), crowd as {style.upper()} has it",
+        "settings": f"mask {tally.only_mask or protocol.detection_mask}, boxes and scores of {boxes.name}, "
+        f"maxDets {MAX_DETECTIONS[style]} ({'an image' if style == 'lvis' else 'an image and category'}), "
+        f"crowd as {style.upper()} has it",
         "detector": {"file": str(boxes), "blake3": blake3.blake3(boxes.read_bytes()).hexdigest()},
         "detections": len(tally.detections),
         "masks_file": str(config.masks_out),

@@ -45,7 +45,7 @@ def evaluation_text(result: dict[str, Any]) -> str:
 
 def prompt_name(prompt: str) -> str:
     """box, 1 click, 3 clicks."""
-    return prompt if prompt == "box" else f"{prompt} click{'' if prompt == '1' else 's'}"
+    return f"{prompt} click{'' if prompt == '1' else 's'}" if prompt.isdigit() else prompt
 
 
 def _percent(value: float) -> str:

@@ -5,7 +5,7 @@ one mask at a time, so that memory is bounded whatever the picture holds.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +50,8 @@ class Segmenter(ABC):
 
     takes_points: bool
     takes_masks: bool
+    only_mask: str | None = None
+    """What the mask is where there is no choice of masks."""
 
     @abstractmethod
     def set_image(self, image: np.ndarray) -> None:
@@ -103,6 +105,7 @@ class BoxItself(Segmenter):
     """The baseline that looks at nothing: the box is the mask."""
 
     takes_points = takes_masks = False
+    only_mask = "the box itself"
 
     def set_image(self, image: np.ndarray) -> None:
         self._size = image.shape[0], image.shape[1]
@@ -157,15 +160,13 @@ def measure_objects(
     return ious
 
 
-def segment_boxes(segmenter: Segmenter, boxes: np.ndarray, protocol: Protocol, *, chunk: int = CHUNK) -> list[np.ndarray]:
+def segment_boxes(segmenter: Segmenter, boxes: np.ndarray, protocol: Protocol, *, chunk: int = CHUNK) -> Iterator[np.ndarray]:
     """The masks, bool [H, W], of a detector's boxes, float [N, 4], one after another."""
-    masks = []
     for start in range(0, len(boxes), chunk):
         part = boxes[start : start + chunk]
         answers = _answer_boxes(segmenter, part)
         for query, box in enumerate(part):
-            masks.append(_choose(answers, query, protocol.detection_mask, box=box)[1])
-    return masks
+            yield _choose(answers, query, protocol.detection_mask, box=box)[1]
 
 
 def _make_target(one: Object, protocol: Protocol, clicks: int) -> Target | None:

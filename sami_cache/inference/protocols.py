@@ -73,9 +73,9 @@ class Protocol:
         """Which mask counts for the prompt `box`, or a number of clicks."""
         return self.box_mask if prompt == "box" else self.click_mask if prompt == "1" else self.clicks_mask
 
-    def settings(self, prompt: str) -> str:
-        """What a number of mIoU is under, in words."""
-        parts = [f"mask {self.mask_rule(prompt)}"]
+    def settings(self, prompt: str, only_mask: str | None = None) -> str:
+        """What a number of mIoU is under, in words; `only_mask` of an answer that has one alone."""
+        parts = [f"mask {only_mask or self.mask_rule(prompt)}"]
         if prompt == "box":
             parts.append(f"boxes {self.boxes}")
         else:
