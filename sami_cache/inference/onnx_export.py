@@ -1,12 +1,10 @@
 """A promptable model as two ONNX graphs, under the names that the official export of EfficientSAM has.
 
-| graph | input | output |
-|---|---|---|
-| encoder | `batched_images` | `image_embeddings` |
-| decoder | `image_embeddings`, `batched_point_coords`, `batched_point_labels`, `orig_im_size` | `output_masks`, `iou_predictions`, `low_res_masks` |
+Encoder: `batched_images` -> `image_embeddings`. Decoder: `image_embeddings`, `batched_point_coords`, `batched_point_labels`,
+`orig_im_size` -> `output_masks`, `iou_predictions`, and `low_res_masks`, which the official one gives without a name.
 
-Pictures come as they are, any size, and prompts in their pixels: resizing, padding and normalising is part of the graphs. Traced
-by torch's TorchScript exporter: torch.export has to know sizes that here are values of an input.
+Pictures come as they are, any size, and prompts in their pixels: resizing, padding and normalising is part of the graphs.
+Traced by torch's TorchScript exporter: torch.export has to know sizes that here are values of an input.
 """
 
 import copy
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.onnx.operators import shape_as_tensor
 
 from sami_cache.errors import SamiCacheError
 from sami_cache.models.segment_anything import EFFICIENTSAM_POINTS, PIXEL_MEAN, PIXEL_STD, SAM_ENCODERS, SegmentAnything
@@ -49,7 +48,8 @@ def export_encoder(model: SegmentAnything) -> bytes:
     count = 4 * sum(parameter.numel() for parameter in model.image_encoder.parameters())
     if count > _LARGEST:
         raise SamiCacheError(
-            f"the encoder {model.config.encoder} has {count / 1e9:.1f} GB of weights: one ONNX file holds 2.1 GB. Export a smaller one."
+            f"the encoder {model.config.encoder} has {count / 1e9:.1f} GB of weights: one ONNX file holds 2.1 GB. "
+            "Export a smaller one."
         )
     image = torch.rand(1, 3, 120, 160)
     axes = {"batched_images": {0: "batch", 2: "height", 3: "width"}, "image_embeddings": {0: "batch"}}
@@ -112,7 +112,7 @@ class EncoderGraph(nn.Module):
             pixels = F.interpolate(batched_images, (size, size), mode="bilinear", align_corners=False)
             pixels = (pixels - mean / 255) / (std / 255)
         else:
-            shape = torch._shape_as_tensor(batched_images)
+            shape = shape_as_tensor(batched_images)
             covered = _covered(shape[2:], size)
             # As Pillow does it: whole values of 255, along the rows first, whole values again.
             pixels = _whole(batched_images * 255)
@@ -148,7 +148,7 @@ class DecoderGraph(nn.Module):
             points = torch.where(points < 0, -1.0, points)  # as published: what is left of or above the picture is at -1
             missing, count = EFFICIENTSAM_POINTS, torch.tensor(EFFICIENTSAM_POINTS)
         else:
-            missing, count = 1, torch._shape_as_tensor(labels)[2] + 1 - (labels >= 2).any().long()
+            missing, count = 1, shape_as_tensor(labels)[2] + 1 - (labels >= 2).any().long()
         points, labels = F.pad(points, (0, 0, 0, missing), value=-1.0), F.pad(labels, (0, missing), value=-1.0)
         return points[:, :, :count], labels[:, :, :count]
 
@@ -172,7 +172,8 @@ class _Antialiased(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, pixels: Any, shape: Any) -> Any:
-        none = g.op("Constant", value_t=torch.tensor([], dtype=torch.float32))
+        none = g.op("prim::Constant")  # an input left out
+        none.setType(torch._C.OptionalType.ofTensor())
         # Without `exclude_outside` the outermost pixels are counted more than once.
         how = {"mode_s": "linear", "antialias_i": 1, "exclude_outside_i": 1, "coordinate_transformation_mode_s": "half_pixel"}
         return g.op("Resize", pixels, none, none, shape, **how)
@@ -205,7 +206,7 @@ def _cubic_weights(before: int, after: Tensor) -> Tensor:
 
 
 def _export(graph: nn.Module, inputs: tuple, names: Sequence[str], outputs: Sequence[str], axes: dict) -> bytes:
-    sink = io.BytesIO()
+    sink: Any = io.BytesIO()  # some versions of torch declare no more than paths
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of the trace's constants, which the tests compare with torch's own answers
         torch.onnx.export(
