@@ -350,7 +350,7 @@ def decode_tokens(decoder: nn.Module, images: Tensor, positions: Tensor, prompts
         Logits [N, 4, 4 g, 4 g] and predicted IoU [N, 4].
     """
     parts = cast(Any, decoder)
-    own = torch.cat([parts.iou_token.weight, parts.mask_tokens.weight]).expand(len(prompts), -1, -1)
+    own = torch.cat([parts.iou_token.weight, parts.mask_tokens.weight]).expand(prompts.shape[0], -1, -1)
     out, image = parts.transformer(images, positions.expand_as(images), torch.cat([own, prompts], dim=1))
     upscaled = parts.output_upscaling(image.transpose(1, 2).reshape(images.shape))
     weights = torch.stack([mlp(out[:, 1 + token]) for token, mlp in enumerate(parts.output_hypernetworks_mlps)], dim=1)
