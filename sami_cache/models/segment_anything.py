@@ -189,7 +189,7 @@ class SegmentAnything(nn.Module):
             pixels = (torch.from_numpy(resized).permute(2, 0, 1).float() - mean) / std
             return F.pad(pixels, (0, self.config.image_size - columns, 0, self.config.image_size - rows))
         # In 0..1 before resizing, as published: in 0..255 the last bits differ.
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
+        pixels = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)[None].float() / 255
         if image.shape[:2] != (rows, columns):
             pixels = F.interpolate(pixels, (rows, columns), mode="bilinear", align_corners=False)
         return (pixels[0] - mean / 255) / (std / 255)

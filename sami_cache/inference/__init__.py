@@ -1,0 +1,1 @@
+"""Using a promptable model: prompts in, masks out; and masks of everything in a picture."""

@@ -1,0 +1,49 @@
+"""Everything mode in the shape of `transformers.pipeline("mask-generation")`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sami_cache.data.images import decode_image
+from sami_cache.inference.mask_generator import MaskGenerator, MaskGeneratorConfig
+from sami_cache.inference.predictor import QUERIES_AT_ONCE, SamPredictor
+from sami_cache.models.segment_anything import SegmentAnything
+
+Picture = str | Path | Image.Image | np.ndarray
+
+
+class MaskGenerationPipeline:
+    """`generator(picture)` -> {"masks": list of bool [H, W], "scores": float32 [N]}, the highest predicted IoU first.
+
+    Scores are the model's own estimates of the masks' IoU. A list of pictures gives a list. For big pictures see
+    `MaskGenerator`, which hands out RLE: here every mask takes H x W bytes.
+    """
+
+    def __init__(self, model: SegmentAnything, **settings: Any) -> None:
+        """`settings`: those of `MaskGeneratorConfig`, for all calls."""
+        self.model, self.settings = model, settings
+
+    def __call__(self, inputs: Picture | Sequence[Picture], *, points_per_batch: int = QUERIES_AT_ONCE, **settings: Any) -> Any:
+        """Masks of a picture: a file's path, a PIL image, or uint8 [H, W, 3].
+
+        Raises ImageError for a file that is no picture, SamiCacheError for a setting out of its range.
+        """
+        if isinstance(inputs, Sequence) and not isinstance(inputs, str):
+            return [self(picture, points_per_batch=points_per_batch, **settings) for picture in inputs]
+        config = MaskGeneratorConfig(**{**self.settings, **settings, "output_mode": "binary_mask"})
+        generator = MaskGenerator(SamPredictor(self.model, queries_at_once=points_per_batch), config)
+        found = generator.generate(_pixels(inputs))
+        return {
+            "masks": [mask["segmentation"] for mask in found],
+            "scores": torch.tensor([mask["predicted_iou"] for mask in found], dtype=torch.float32),
+        }
+
+
+def _pixels(picture: Picture) -> np.ndarray:
+    if isinstance(picture, str | Path):
+        return np.asarray(decode_image(Path(picture).read_bytes()))
+    return np.asarray(picture.convert("RGB")) if isinstance(picture, Image.Image) else picture
