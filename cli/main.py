@@ -11,7 +11,7 @@ import traceback
 import typer
 
 import sami_cache
-from cli import cache_commands, inspect_command, train_commands
+from cli import cache_commands, demo_commands, inspect_command, train_commands
 from sami_cache.errors import Interrupted, SamiCacheError
 from sami_cache.peers import PeerError, leave, this_rank, under_torchrun
 
@@ -28,6 +28,7 @@ app = typer.Typer(
 cache_commands.register(app)
 inspect_command.register(app)
 train_commands.register(app)
+demo_commands.register(app)
 
 
 def _version(value: bool) -> None:
