@@ -191,7 +191,7 @@ class Pictures:
         picture = self.get(key)
         height, width = self._shown_size(picture)
 
-        def work() -> tuple[np.ndarray, float]:
+        def work() -> tuple[np.ndarray, int, float]:
             started = time.perf_counter()
             with self._decoding:
                 image = Image.fromarray(picture.pixels()).resize((width, height), Image.Resampling.BILINEAR)
@@ -199,10 +199,9 @@ class Pictures:
             labels = np.zeros((height, width), np.uint16)
             for number, mask in enumerate(sorted(found, key=lambda mask: -mask["area"]), 1):
                 labels[decode_mask(mask["segmentation"])] = number
-            return labels, time.perf_counter() - started
+            return labels, len(found), time.perf_counter() - started
 
-        picture.labels, seconds = self._encoder.do(work)
-        count = int(picture.labels.max(initial=0))
+        picture.labels, count, seconds = self._encoder.do(work)
         return {"width": width, "height": height, "runs": runs(picture.labels), "masks": count, "seconds": seconds}
 
     def labels(self, key: object) -> bytes:
