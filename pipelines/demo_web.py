@@ -2,6 +2,7 @@
 
 import webbrowser
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -38,7 +39,6 @@ def demo_web(
         say(f"{about}: {server.url} (Ctrl-C ends it)")
         if open_page:
             webbrowser.open(server.url)
-        try:
+        with suppress(KeyboardInterrupt):
             server.serve_forever()
-        except KeyboardInterrupt:
-            say("ended.")
+    say("ended.")

@@ -6,7 +6,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from sami_cache.data.images import decode_image
 from sami_cache.errors import SamiCacheError
 from sami_cache.inference.mask_generator import MaskGenerator, MaskGeneratorConfig, decode_mask
 from sami_cache.inference.predictor import SamPredictor
-from sami_cache.models.segment_anything import SegmentAnything
+from sami_cache.models.segment_anything import Masks, SegmentAnything
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,10 @@ class Worker:
     """
 
     def __init__(self, waiting: int) -> None:
-        self._queue: queue.Queue[tuple[Future, Callable[[], Any]]] = queue.Queue(waiting)
-        threading.Thread(target=self._work, daemon=True).start()
+        self._queue: queue.Queue[tuple[Future, Callable[[], Any]] | None] = queue.Queue(waiting)
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._closed = False
+        self._thread.start()
 
     def do(self, work: Callable[[], Any]) -> Any:
         """What `work` returns or raises. Refused where too many wait already."""
@@ -72,14 +74,36 @@ class Worker:
             raise Refused(503, "The model has too much to do at the moment. Try again in a little while.") from None
         return future.result()
 
+    def close(self) -> None:
+        """Finish what is in hand, and nothing more: a thread that is inside torch when Python ends aborts the process."""
+        self._closed = True
+        self._queue.put(None)
+        self._thread.join()
+
     def _work(self) -> None:
-        while True:
-            future, work = self._queue.get()
+        while item := self._queue.get():
+            future, work = item
             try:
+                if self._closed:
+                    raise Refused(503, "The demo was ended.")
                 future.set_result(work())
             except BaseException as error:
                 future.set_exception(error)
-            del future, work  # while waiting for more, nothing of this is to be held
+            del item, future, work  # while waiting for more, nothing of this is to be held
+
+
+class _Ending(SamPredictor):
+    """A predictor whose long answers end when the demo does."""
+
+    def __init__(self, model: SegmentAnything, ended: threading.Event) -> None:
+        super().__init__(model)
+        self._ended = ended
+
+    def decode(self, *prompts: Any, **options: Any) -> Iterator[Masks]:
+        for part in super().decode(*prompts, **options):
+            if self._ended.is_set():
+                raise Refused(503, "The demo was ended.")
+            yield part
 
 
 @dataclass(kw_only=True)
@@ -115,8 +139,15 @@ class Pictures:
         self._held: OrderedDict[str, Picture] = OrderedDict()
         self._lock = threading.Lock()
         self._decoding = threading.Lock()
+        self._ended = threading.Event()
         # Two, so that a click need not wait for the encoder to be through with another picture.
         self._encoder, self._decoder = Worker(self.limits.waiting), Worker(self.limits.waiting)
+
+    def close(self) -> None:
+        """Finish what is in hand: within about a second, or an encoder's run."""
+        self._ended.set()
+        self._encoder.close()
+        self._decoder.close()
 
     def add(self, data: bytes) -> Picture:
         """Hold a picture: a file's bytes. Raises ImageError for what is none, or too large."""
@@ -195,14 +226,15 @@ class Pictures:
             started = time.perf_counter()
             with self._decoding:
                 image = Image.fromarray(picture.pixels()).resize((width, height), Image.Resampling.BILINEAR)
-            found = MaskGenerator(SamPredictor(self.model), self.config).generate(np.asarray(image))
+            found = MaskGenerator(_Ending(self.model, self._ended), self.config).generate(np.asarray(image))
             labels = np.zeros((height, width), np.uint16)
             for number, mask in enumerate(sorted(found, key=lambda mask: -mask["area"]), 1):
                 labels[decode_mask(mask["segmentation"])] = number
             return labels, len(found), time.perf_counter() - started
 
-        picture.labels, count, seconds = self._encoder.do(work)
-        return {"width": width, "height": height, "runs": runs(picture.labels), "masks": count, "seconds": seconds}
+        labels, count, seconds = self._encoder.do(work)
+        picture.labels = labels
+        return {"width": width, "height": height, "runs": runs(labels), "masks": count, "seconds": seconds}
 
     def labels(self, key: object) -> bytes:
         """The last answer of everything mode, of the picture's size: a PNG in colours, whose values are the masks' numbers.

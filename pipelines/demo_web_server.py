@@ -46,7 +46,7 @@ _HEADERS = {
 
 
 class DemoServer(ThreadingHTTPServer):
-    """Serves one `Pictures`. Raises OSError where it cannot listen."""
+    """Serves one `Pictures`, and closes it in the end. Raises OSError where it cannot listen."""
 
     daemon_threads = True
 
@@ -66,6 +66,10 @@ class DemoServer(ThreadingHTTPServer):
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.host, self.server_address[1]
+
+    def server_close(self) -> None:
+        super().server_close()
+        self.pictures.close()
 
     @property
     def url(self) -> str:

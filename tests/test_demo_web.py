@@ -6,10 +6,14 @@ import io
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -284,6 +288,31 @@ def test_one_encoder_runs_at_a_time_and_few_wait(model, monkeypatch):
     waiting.join(10)
 
 
+def test_ctrl_c_ends_it_also_in_the_middle_of_everything(tmp_path):
+    torch.manual_seed(0)
+    tiny = SegmentAnything(SegmentAnythingConfig(encoder="vit_t", depth=1))
+    save_segment_anything(tiny, tmp_path / "tiny.pt")
+    command = [sys.executable, "-u", "-m", "cli.main", "demo-web", str(tmp_path / "tiny.pt"), "--port", "0", "--no-open"]
+    with subprocess.Popen([*command, "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stdout
+            found = re.search(r"vit_t, sam, 1024 px: http://127\.0\.0\.1:(\d+)/", child.stdout.readline())
+            assert found
+            there = SimpleNamespace(server_port=int(found[1]))
+            key = ask(there, "/api/picture", png(coffee()))["id"]
+            answers = []
+            # 256 queries at 1024 px: many seconds.
+            asking = threading.Thread(target=lambda: answers.append(call(there, "/api/everything", {"id": key})), daemon=True)
+            asking.start()
+            time.sleep(1)
+            assert asking.is_alive()
+            child.send_signal(signal.SIGINT)
+            said, errors = child.communicate(timeout=60)
+        finally:
+            child.kill()
+    assert (child.returncode, said, errors) == (0, "ended.\n", "")
+
+
 def test_runs_hold_every_value():
     values = np.array([[3, 3, 0], [0, 0, 7]])
     assert runs(values) == [3, 2, 0, 3, 7, 1]
@@ -324,10 +353,13 @@ class Page:
     def __init__(self, page, server, model):
         self.page, self.server, self.model = page, server, model
         self.requests, self.errors, self.image = [], [], coffee()
-        page.on("request", lambda request: self.requests.append(request))
+        page.on("request", self.note)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
         page.goto(server.url)
+
+    def note(self, request) -> None:  # playwright takes no built-in function such as a list's append
+        self.requests.append(request)
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Where on the page the middle of a pixel of the picture is."""
