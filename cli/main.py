@@ -11,7 +11,7 @@ import traceback
 import typer
 
 import sami_cache
-from cli import cache_commands, evaluate_commands, export_commands, finetune_commands, inspect_command, segment_commands, train_commands
+from cli import cache_commands, demo_commands, evaluate_commands, export_commands, finetune_commands, inspect_command, segment_commands, train_commands
 from sami_cache.errors import Interrupted, SamiCacheError
 from sami_cache.peers import PeerError, leave, this_rank, under_torchrun
 
@@ -32,6 +32,7 @@ segment_commands.register(app)
 finetune_commands.register(app)
 evaluate_commands.register(app)
 export_commands.register(app)
+demo_commands.register(app)
 
 
 def _version(value: bool) -> None:
