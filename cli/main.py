@@ -11,7 +11,16 @@ import traceback
 import typer
 
 import sami_cache
-from cli import cache_commands, demo_commands, evaluate_commands, export_commands, finetune_commands, inspect_command, segment_commands, train_commands
+from cli import (
+    cache_commands,
+    demo_commands,
+    evaluate_commands,
+    export_commands,
+    finetune_commands,
+    inspect_command,
+    segment_commands,
+    train_commands,
+)
 from sami_cache.errors import Interrupted, SamiCacheError
 from sami_cache.peers import PeerError, leave, this_rank, under_torchrun
 

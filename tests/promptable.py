@@ -10,10 +10,7 @@ from torch import nn
 
 from sami_cache.models.segment_anything import SegmentAnything, SegmentAnythingConfig
 
-<<<<<<< HEAD
 SPARSENESS = 5.0
-=======
->>>>>>> h6-web
 ENCODER = {"embed_dim": 64, "depth": 2, "num_heads": 4}
 
 
@@ -50,7 +47,6 @@ def trio(size: int) -> Trio:
         for name, value in meta.named_parameters():
             if "pos" in name:  # zeros at the start, where a mistake would not show
                 value.normal_(std=0.2)
-<<<<<<< HEAD
         for name, value in meta.mask_decoder.transformer.named_parameters():
             if name.endswith(("q_proj.weight", "k_proj.weight")):  # sharper attention: masks that depend on the prompt
                 value.mul_(3)
@@ -63,13 +59,6 @@ def trio(size: int) -> Trio:
         head = meta.mask_decoder.iou_prediction_head.layers[-1]
         head.weight.mul_(4)
         head.bias.fill_(0.6)
-=======
-        for mlp in meta.mask_decoder.output_hypernetworks_mlps:
-            mlp.layers[-1].weight.mul_(40)
-        head = meta.mask_decoder.iou_prediction_head.layers[-1]
-        head.weight.mul_(4)
-        head.bias.fill_(0.9)
->>>>>>> h6-web
     ours = SegmentAnything(SegmentAnythingConfig(family="sam", encoder="vit_t", depth=1, image_size=size))
     # The smallest of SAM's own encoders would take ten seconds a picture.
     ours.config = replace(ours.config, encoder="sam_vit_b")

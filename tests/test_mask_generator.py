@@ -2,10 +2,7 @@
 
 import json
 import sys
-<<<<<<< HEAD
 from dataclasses import replace
-=======
->>>>>>> h6-web
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,14 +24,9 @@ SIZE = 128
 # Random masks are ragged: the usual thresholds would leave none.
 SETTINGS: dict[str, Any] = {
     "points_per_side": 5,
-<<<<<<< HEAD
     "pred_iou_thresh": 0.5,
     "stability_score_thresh": 0.5,
     "stability_score_offset": 0.2,
-=======
-    "pred_iou_thresh": 0.6,
-    "stability_score_thresh": 0.4,
->>>>>>> h6-web
     "box_nms_thresh": 0.9,
     "crop_nms_thresh": 0.9,
 }
@@ -47,11 +39,7 @@ def models() -> Trio:
 
 @pytest.fixture(scope="module")
 def photo() -> np.ndarray:
-<<<<<<< HEAD
     return np.asarray(picture("chelsea").resize((360, 240)))
-=======
-    return np.asarray(picture("chelsea").resize((180, 120)))
->>>>>>> h6-web
 
 
 @pytest.fixture
@@ -83,21 +71,13 @@ def assert_equal(ours: list[dict], theirs: list[dict]) -> None:
         for exact in ("area", "bbox", "point_coords", "crop_box"):
             assert mine[exact] == other[exact]
         assert mine["predicted_iou"] == pytest.approx(other["predicted_iou"], abs=1e-5)
-<<<<<<< HEAD
         assert mine["stability_score"] == pytest.approx(np.nan_to_num(other["stability_score"]), abs=1e-6)  # NaN for no pixel
-=======
-        assert mine["stability_score"] == pytest.approx(other["stability_score"], abs=1e-6)
->>>>>>> h6-web
 
 
 CASES = {
     "filters": {},
     "the usual overlap": {"box_nms_thresh": 0.7},
-<<<<<<< HEAD
     "stability alone": {"pred_iou_thresh": 0.0, "stability_score_offset": 0.2},
-=======
-    "stability alone": {"pred_iou_thresh": 0.0, "stability_score_offset": 2.5},
->>>>>>> h6-web
     "estimates alone": {"stability_score_thresh": 0.0},
     "nothing is good enough": {"pred_iou_thresh": 1.0, "stability_score_thresh": 1.0},
     "crops": {"crop_n_layers": 1, "crop_n_points_downscale_factor": 2},
@@ -108,7 +88,6 @@ CASES = {
 def test_the_masks_are_those_of_segment_anything(models: Trio, photo: np.ndarray, case: str) -> None:
     ours, theirs = both(models, photo, **CASES[case])
     assert_equal(ours, theirs)
-<<<<<<< HEAD
     assert (len(theirs) > 4) == (case != "nothing is good enough")
     if case == "crops":
         assert len({tuple(mask["crop_box"]) for mask in theirs}) > 1
@@ -116,15 +95,6 @@ def test_the_masks_are_those_of_segment_anything(models: Trio, photo: np.ndarray
 
 def test_small_regions_go_as_in_segment_anything(models: Trio, photo: np.ndarray, opencv: None) -> None:
     ours, theirs = both(models, photo, min_mask_region_area=40)
-=======
-    assert (len(theirs) > 5) == (case != "nothing is good enough")
-    if case == "crops":
-        assert len({tuple(mask["crop_box"]) for mask in theirs}) > 2
-
-
-def test_small_regions_go_as_in_segment_anything(models: Trio, photo: np.ndarray, opencv: None) -> None:
-    ours, theirs = both(models, photo, min_mask_region_area=400)
->>>>>>> h6-web
     assert_equal(ours, theirs)
     as_they_were = both(models, photo)[0]
     assert [mask["area"] for mask in ours] != [mask["area"] for mask in as_they_were]
@@ -176,15 +146,10 @@ def test_only_a_few_masks_are_enlarged_at_once_and_no_bad_ones(
     monkeypatch.setattr(mask_generator, "VALUES_AT_ONCE", 2 * photo.shape[0] * photo.shape[1])
     assert_equal(both(models, photo)[0], expected)
     assert max(enlarged) == 2
-<<<<<<< HEAD
-=======
-    assert sum(enlarged) < 75
->>>>>>> h6-web
     enlarged.clear()
     monkeypatch.setattr(mask_generator, "VALUES_AT_ONCE", 1)  # less than one mask
     assert_equal(both(models, photo)[0], expected)
     assert max(enlarged) == 1
-<<<<<<< HEAD
     # 25 queries have 75 masks; those of a low estimate are left out.
     count = sum(enlarged)
     assert count == sum(estimate > 0.5 and peak > 0.2 for estimate, peak in answers(models, photo))
@@ -201,15 +166,6 @@ def answers(models: Trio, photo: np.ndarray) -> list[tuple[float, float]]:
 
 
 def test_masks_that_stay_below_the_cut_are_never_enlarged(photo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-=======
-    with torch.no_grad():
-        asked = sum(enlarged)
-    enlarged.clear()
-    assert both(models, photo, pred_iou_thresh=1.0)[0] == [] or sum(enlarged) < asked
-
-
-def test_masks_that_stay_below_the_cut_are_not_enlarged(photo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
->>>>>>> h6-web
     torch.manual_seed(0)
     model = SegmentAnything(
         SegmentAnythingConfig(family="sam", encoder="vit_t", depth=1, image_size=64)
@@ -219,19 +175,10 @@ def test_masks_that_stay_below_the_cut_are_not_enlarged(photo: np.ndarray, monke
         raise AssertionError("enlarged")
 
     monkeypatch.setattr(model, "to_picture", refuse)
-<<<<<<< HEAD
     config = MaskGeneratorConfig(points_per_side=2, pred_iou_thresh=0)
     assert MaskGenerator(SamPredictor(model), config).generate(photo) == []
     with pytest.raises(AssertionError, match="enlarged"):
         MaskGenerator(SamPredictor(model), replace(config, stability_score_thresh=0)).generate(photo)
-=======
-    config = MaskGeneratorConfig(points_per_side=2, pred_iou_thresh=0.0)
-    assert MaskGenerator(SamPredictor(model), config).generate(photo) == []
-    with pytest.raises(AssertionError, match="enlarged"):
-        MaskGenerator(
-            SamPredictor(model), MaskGeneratorConfig(points_per_side=2, pred_iou_thresh=0.0, stability_score_thresh=0)
-        ).generate(photo)
->>>>>>> h6-web
 
 
 def test_efficientsam_has_an_everything_mode_too(photo: np.ndarray) -> None:
@@ -256,15 +203,9 @@ def test_the_pipeline_gives_the_masks_of_transformers(models: Trio, photo: np.nd
 
     sides = {"size": {"longest_edge": SIZE}, "pad_size": {"height": SIZE, "width": SIZE}}
     theirs = Reference(model=models.hugging_face, image_processor=SamImageProcessorPil(**sides))
-<<<<<<< HEAD
     settings = {name: SETTINGS[name] for name in ("pred_iou_thresh", "stability_score_thresh", "stability_score_offset")}
     expected = theirs(Image.fromarray(photo), points_per_batch=64, points_per_crop=5, **settings, crops_nms_thresh=0.9)
     generator = MaskGenerationPipeline(models.ours, points_per_side=5, box_nms_thresh=0.9, **settings)
-=======
-    settings = {"pred_iou_thresh": 0.6, "stability_score_thresh": 0.4}
-    expected = theirs(Image.fromarray(photo), points_per_batch=64, **settings)
-    generator = MaskGenerationPipeline(models.ours, **settings)
->>>>>>> h6-web
     Image.fromarray(photo).save(tmp_path / "cat.png")
     of_path, of_array = generator([tmp_path / "cat.png", photo])
     for found in (generator(Image.fromarray(photo), points_per_batch=64), of_path, of_array):

@@ -227,12 +227,8 @@ def _polygons_to_rle(polygons: list[Any], height: int, width: int, where: str) -
             raise SamiCacheError(f"{where}: expected polygons [x, y, x, y, x, y, ...], found {one_line(polygon, 80)}")
         if min(polygon) < -reach or max(polygon) > reach:
             raise SamiCacheError(f"{where}: a polygon lies far outside of the {width}x{height} picture: expected its pixels")
-<<<<<<< HEAD
     parts: Any = coco_mask.frPyObjects([list(map(float, polygon)) for polygon in polygons], height, width)
     return coco_mask.merge(parts)
-=======
-    return coco_mask.merge(coco_mask.frPyObjects([list(map(float, polygon)) for polygon in polygons], height, width))
->>>>>>> h6-evaluate
 
 
 def _runs_to_rle(segmentation: Mapping[str, Any], height: int, width: int, where: str) -> dict[str, Any]:
@@ -277,12 +273,6 @@ def _list(data: Mapping[str, Any], key: str, name: str) -> list[Any]:
 
 
 def _checked_image(entry: Any, where: str) -> dict[str, Any]:
-<<<<<<< HEAD
-=======
-    if isinstance(entry, dict) and "file_name" not in entry and isinstance(entry.get("coco_url"), str):
-        # LVIS names a picture by its address alone, whose last two parts are COCO's folder and file.
-        entry = entry | {"file_name": "/".join(entry["coco_url"].split("/")[-2:])}
->>>>>>> h6-evaluate
     if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
         raise SamiCacheError(f"{where}: expected an object with id, file_name, width and height, found {one_line(entry, 80)}")
     if Path(entry["file_name"]).is_absolute() or ".." in Path(entry["file_name"]).parts:

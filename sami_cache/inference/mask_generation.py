@@ -46,10 +46,6 @@ class MaskGenerationPipeline:
 def _pixels(picture: Picture) -> np.ndarray:
     if isinstance(picture, str | Path):
         return np.asarray(decode_image(Path(picture).read_bytes()))
-<<<<<<< HEAD
     if isinstance(picture, Image.Image):
         return np.asarray(picture.convert("RGB"))
     return picture
-=======
-    return np.asarray(picture.convert("RGB")) if isinstance(picture, Image.Image) else picture
->>>>>>> h6-web

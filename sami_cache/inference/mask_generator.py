@@ -143,11 +143,8 @@ class MaskGenerator:
             # Bilinear enlarging has no values above those it starts from: cut at the higher logit, nothing would be left.
             keep &= low_res.amax(dim=(1, 2)) > config.stability_score_offset - _ROUNDING
         kept = keep.nonzero()[:, 0]
-<<<<<<< HEAD
         if not len(kept):
             return
-=======
->>>>>>> h6-web
         x0, y0, x1, y1 = crop
         for part in kept.split(max(1, VALUES_AT_ONCE // ((x1 - x0) * (y1 - y0)))):
             logits = self.predictor.model.to_picture(low_res[part][:, None], y1 - y0, x1 - x0)[:, 0]
@@ -171,17 +168,10 @@ class MaskGenerator:
                 )
 
     def _stability(self, logits: Tensor) -> Tensor:
-<<<<<<< HEAD
         """[N, H, W] -> float32 [N], 0 for nothing at all. segment-anything's own overflows above 32767 pixels a row."""
         offset = self.config.stability_score_offset
         inner, outer = (torch.count_nonzero(logits > cut, dim=(1, 2)).float() for cut in (offset, -offset))
         return inner / outer.clamp(min=1)
-=======
-        """[N, H, W] -> float32 [N], as segment-anything's, which overflows above 32767 pixels a row; NaN for nothing at all."""
-        offset = self.config.stability_score_offset
-        inner, outer = (torch.count_nonzero(logits > cut, dim=(1, 2)).float() for cut in (offset, -offset))
-        return inner / outer
->>>>>>> h6-web
 
     def _without_small_regions(self, found: list[_Found]) -> list[_Found]:
         """Masks that needed no mending win over those that became the same by it."""

@@ -26,10 +26,6 @@ def remove_small_regions(mask: np.ndarray, area: float) -> tuple[np.ndarray, boo
 
 def _regions(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Regions as int32 [H, W], 0 outside of them, and the area of each in pixels."""
-<<<<<<< HEAD
     regions = np.empty(mask.shape, np.int32)
     label(mask, structure=_EIGHT_NEIGHBOURS, output=regions)
-=======
-    regions, _ = label(mask, structure=_EIGHT_NEIGHBOURS)
->>>>>>> h6-web
     return regions, np.bincount(regions.ravel())[1:]
