@@ -137,22 +137,23 @@ def test_output_modes_hold_the_same_masks(models: Trio, photo: np.ndarray) -> No
 def test_only_a_few_masks_are_enlarged_at_once_and_no_bad_ones(
     models: Trio, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = both(models, photo)[0]
+    cut = {"stability_score_offset": 2.0, "stability_score_thresh": 0.01}
+    expected = both(models, photo, **cut)[0]
     enlarged = []
     to_picture = models.ours.to_picture
     monkeypatch.setattr(
         models.ours, "to_picture", lambda logits, *size: enlarged.append(len(logits)) or to_picture(logits, *size)
     )
     monkeypatch.setattr(mask_generator, "VALUES_AT_ONCE", 2 * photo.shape[0] * photo.shape[1])
-    assert_equal(both(models, photo)[0], expected)
+    assert_equal(both(models, photo, **cut)[0], expected)
     assert max(enlarged) == 2
     enlarged.clear()
     monkeypatch.setattr(mask_generator, "VALUES_AT_ONCE", 1)  # less than one mask
-    assert_equal(both(models, photo)[0], expected)
+    assert_equal(both(models, photo, **cut)[0], expected)
     assert max(enlarged) == 1
-    # 25 queries have 75 masks; those of a low estimate are left out.
+    # 25 queries have 75 masks; those of a low estimate are left out, and those that stay below the cut.
     count = sum(enlarged)
-    assert count == sum(estimate > 0.5 and peak > 0.2 for estimate, peak in answers(models, photo))
+    assert count == sum(estimate > 0.5 and peak > 2 for estimate, peak in answers(models, photo))
     assert 10 < count < 70
 
 
