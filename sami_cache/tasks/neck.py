@@ -100,8 +100,8 @@ def check_neck(cache: Cache) -> None:
         return
     raise SamiCacheError(
         f"{cache.path} holds other features than SAM's decoder reads: expected a teacher {', '.join(SAM_TEACHERS)}, layer "
-        f"neck, {WIDTH} channels, whole pictures (dense); found {found}. Extract one (sami-cache extract --teacher vit_h --grid "
-        "64), or fine-tune from annotations: --data, without --from-cache"
+        f"neck, {WIDTH} channels, whole pictures (dense); found {found}. Extract one (sami-cache extract --teacher vit_h "
+        "--grid 64), or fine-tune from annotations: --data, without --from-cache"
     )
 
 
