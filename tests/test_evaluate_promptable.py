@@ -171,7 +171,7 @@ class Squares(Answers):
 
     def mask(self, query, token):
         x, y = self.points[query, 0]
-        return box_to_mask((x - 4 * token, y - 4 * token, x + 4 * token, y + 4 * token), *self.size)
+        return box_to_mask((x - 12 * token, y - 12 * token, x + 12 * token, y + 12 * token), *self.size)
 
     def low_resolution(self, tokens):
         return torch.tensor(tokens)
@@ -192,13 +192,14 @@ def test_clicks_come_one_at_a_time_where_the_answer_matters(photos):
     for query, truth in enumerate(truths[:4]):
         click = farthest_point(truth)
         assert tuple(first[1][0][query, 0]) == click
-        mask = box_to_mask((click[0] - 8, click[1] - 8, click[0] + 8, click[1] + 8), *truth.shape)  # token 2: confident
+        mask = box_to_mask((click[0] - 24, click[1] - 24, click[0] + 24, click[1] + 24), *truth.shape)  # token 2: confident
         assert found["1"][query] == mask_iou(mask, truth)
         point, label = next_click("error-farthest", mask, truth)
         assert tuple(first[2][0][query, 1]) == point
         assert first[2][1][query, 1] == label
         single = box_to_mask((click[0], click[1], click[0], click[1]), *truth.shape)  # token 0: single, from two clicks on
         assert found["3"][query] == mask_iou(single, truth)
+    assert set(first[3][1].ravel()) == {0, 1}  # some are too much
     assert [previous is None for *_, previous in first] == [True, True, False, False]
     assert first[2][2].tolist() == [2] * 4
     assert first[3][2].tolist() == [0] * 4
@@ -222,6 +223,15 @@ def test_uniform_clicks_are_the_objects_own(photos):
     assert not (other[0] == reverse[0]).all()
     for points, one in zip(five[0], objects, strict=True):
         assert one.mask()[points[:, 1], points[:, 0]].all()
+
+
+def test_objects_of_one_shape_have_points_of_their_own(photos):
+    annotations = open_annotations(photos / "instances.json", photos)
+    one, recorder = annotations.objects(4)[0], Recorder()
+    recorder.set_image(annotations.read_image(4))
+    same = [one, replace(one, annotation_id=one.annotation_id + 1), replace(one, image_id=one.image_id + 1)]
+    measure_objects(recorder, same, PROTOCOLS["efficientsam"], ("5",))
+    assert len(np.unique(recorder.asked[0][0], axis=0)) == 3
 
 
 def test_boxes_as_annotated(photos):
@@ -254,6 +264,11 @@ def test_a_model_answers_in_chunks_as_one_by_one(photos, family):
     if family == "sam":  # the mask so far is a prompt, and is heard
         points, labels = boxes[:, None, :2], np.ones((len(boxes), 1), np.int64)
         answers = segmenter.answer(points, labels)
+        low = answers.low_resolution([query % 4 for query in range(len(boxes))])
+        assert low is not None
+        for query in range(len(boxes)):
+            mask = model.to_picture(low[:, query], *image.shape[:2])[0, 0] > 0
+            np.testing.assert_array_equal(mask, answers.mask(query, query % 4))
         again = segmenter.answer(points, labels, answers.low_resolution([1] * len(boxes)))
         assert np.abs(again.predicted - answers.predicted).max() > 1e-4
 
@@ -288,6 +303,31 @@ def test_coco_numbers_are_those_of_pycocotools(photos, detector):
     boxes = json.loads(detector.read_text())
     ours = average_precision(dataset, boxes, style="coco", kind="bbox")
     np.testing.assert_allclose(list(ours.values()), theirs(truth, boxes, "bbox"), atol=1e-12)
+
+
+def test_a_fraction_of_a_pixel_decides_what_is_small(photos, tmp_path):
+    data = json.loads((photos / "instances.json").read_text())
+    data["annotations"][0]["area"] = 32**2 + 0.4
+    (tmp_path / "instances.json").write_text(json.dumps(data))
+    truth = Truth(open_annotations(tmp_path / "instances.json", photos))
+    assert [one["area"] for one in truth.dataset(range(6))["annotations"]] == [one["area"] for one in data["annotations"]]
+
+
+def test_detected_boxes_are_cut_to_the_picture(photos, detector, tmp_path, monkeypatch):
+    seen = []
+
+    def keep(segmenter, boxes, protocol):
+        seen.append(boxes)
+        return segment_boxes(segmenter, boxes, protocol)
+
+    monkeypatch.setattr("pipelines.evaluate.segment_boxes", keep)
+    evaluate(config(photos, tmp_path, boxes=detector))
+    given = json.loads(detector.read_text())
+    for (height, width), index, boxes in zip(SIZES, range(6), seen, strict=True):
+        raw = np.array([one["bbox"] for one in given if one["image_id"] == 100 + index])
+        corners = np.concatenate([raw[:, :2], raw[:, :2] + raw[:, 2:]], axis=1)
+        assert index == 4 or (corners < 0).any() or (corners > [width, height] * 2).any()
+        np.testing.assert_allclose(boxes, np.minimum(np.maximum(corners, 0), [width, height] * 2))
 
 
 def test_more_detections_than_count(photos):
