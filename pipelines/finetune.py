@@ -10,13 +10,12 @@ import torch
 
 from pipelines.promptable import open_promptable
 from pipelines.recipes import EFFICIENTSAM_SA1B
-from sami_cache.checkpoints import load_newest
+from pipelines.starts import open_start
 from sami_cache.data.annotations import open_annotations
 from sami_cache.data.sources import open_source
 from sami_cache.errors import SamiCacheError
 from sami_cache.models.segment_anything import Family, SegmentAnything, SegmentAnythingConfig
 from sami_cache.models.segment_anything_weights import load_decoder, load_student
-from sami_cache.models.weights import State, read_state
 from sami_cache.order import split_held_out
 from sami_cache.processes import GRACE, StopSignal, distributed, rank_and_world
 from sami_cache.prompts import PromptConfig, first_prompts, learnable
@@ -138,13 +137,13 @@ def start_model(config: PromptableTrainingConfig) -> SegmentAnything:
     if config.init is None:
         new = SegmentAnythingConfig(family=family or "sam", encoder=student or "vit_t", image_size=size)
         model = SegmentAnything(new if config.depth is None else replace(new, depth=config.depth))
-    elif (state := _student_state(config.init)) is not None:
-        weights, name = state
-        if student and student != name:
-            raise SamiCacheError(f"--student {student}: {config.init} is a {name}")
-        depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
-        model = SegmentAnything(SegmentAnythingConfig(family=family or "sam", encoder=name, image_size=size, depth=depth))
-        load_student(model, weights, str(config.init))
+    elif (start := open_start(config.init)) is not None:
+        if student and student != start.student:
+            raise SamiCacheError(f"--student {student}: {config.init} is a {start.student}")
+        depth = len({key.split(".")[1] for key in start.state if key.startswith("blocks.")})
+        own = SegmentAnythingConfig(family=family or "sam", encoder=start.student, image_size=size, depth=depth)
+        model = SegmentAnything(own)
+        load_student(model, start.state, start.source)
     else:
         found = open_promptable(config.init)
         if student and student != found.config.encoder:
@@ -166,20 +165,6 @@ def start_model(config: PromptableTrainingConfig) -> SegmentAnything:
     return model
 
 
-def _student_state(path: Path) -> tuple[State, str] | None:
-    """The encoder of a run of `sami-cache train` or of what `sami-cache export` made of it, and its name; None for neither."""
-    if (path / "config.json").exists() and (path / "checkpoints").exists():
-        checkpoint = load_newest(path / "checkpoints")
-        if checkpoint is None or "decoder" not in checkpoint.config or "student" not in checkpoint.config:
-            return None
-        own = {name[8:]: value for name, value in checkpoint.model.items() if name.startswith("encoder.")}
-        return own, checkpoint.config["student"]
-    state = read_state(path)
-    width = state["cls_token"].shape[-1] if "cls_token" in state and "blocks.0.norm1.weight" in state else None
-    name = {192: "vit_t", 384: "vit_s", 768: "vit_b"}.get(width or 0)
-    return None if name is None else (state, name)
-
-
 def _prepare_prompts(config: PromptableTrainingConfig, model: SegmentAnything, device: torch.device) -> Prepared:
     if config.data is None:
         raise SamiCacheError("there is nothing to train on: give --data (COCO-format JSON or SA-1B folder), or --from-cache")
@@ -199,7 +184,9 @@ def _prepare_prompts(config: PromptableTrainingConfig, model: SegmentAnything, d
         own.mask_decoder.requires_grad_(False)
     train = _train_config(config, len(annotations), device, evaluates=held_out is not None)
     steps = PictureSteps(
-        len(annotations), first_prompts(annotations, own, config.prompts, config.seed), **_step_options(config, train)
+        len(annotations),
+        first_prompts(annotations, own, config.prompts, config.seed, rounds.error_points),
+        **_step_options(config, train),
     )
     rank, world = rank_and_world()
     numbers = range(rank, len(held_out) if held_out else 0, world)

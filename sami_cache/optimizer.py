@@ -1,6 +1,6 @@
 """AdamW that knows its parameters by name, so that its state can be saved without pickles and without trusting an order."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,18 +12,35 @@ UNDECAYED = ("cls_token", "mask_token", "pos_embed")
 
 
 class NamedAdamW(torch.optim.AdamW):
-    """AdamW on a model's trainable parameters. Matrices decay; biases, norms, tokens and positions do not, as in MAE."""
+    """AdamW on a model's trainable parameters. Matrices decay; biases, norms, tokens and positions do not, as in MAE.
 
-    def __init__(self, model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float):
+    `lr_scale(name)`: what a parameter's learning rate is multiplied with.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        lr_scale: Callable[[str], float] = lambda name: 1.0,
+    ):
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        groups: list[dict[str, Any]] = []
-        self.names: list[str] = []
-        for decays in (True, False):
-            chosen = [name for name, parameter in trained.items() if decays == _decays(name, parameter)]
-            if chosen:
-                groups.append({"params": [trained[name] for name in chosen], "weight_decay": weight_decay if decays else 0.0})
-            self.names += chosen
+        chosen: dict[tuple[bool, float], list[str]] = {}
+        for name, parameter in trained.items():
+            chosen.setdefault((not _decays(name, parameter), lr_scale(name)), []).append(name)
+        groups: list[dict[str, Any]] = [
+            {"params": [trained[name] for name in names], "weight_decay": 0.0 if spared else weight_decay, "lr_scale": scale}
+            for (spared, scale), names in sorted(chosen.items())
+        ]
+        self.names = [name for _, names in sorted(chosen.items()) for name in names]
         super().__init__(groups, lr=lr, betas=betas, fused=True)
+
+    def set_lr(self, lr: float) -> None:
+        """Before its scale."""
+        for group in self.param_groups:
+            group["lr"] = lr * group["lr_scale"]
 
     def named_state(self) -> dict[str, Tensor]:
         """`exp_avg`, `exp_avg_sq` and `step` of every parameter, as "<parameter>/<key>"."""

@@ -50,6 +50,7 @@ class Prompted(NamedTuple):
     points: Tensor  # float32 [Q, 2, 2], in pixels of the input
     labels: Tensor  # int64 [Q, 2]: 2 and 3 for a box, else 1 and -1
     real: Tensor  # bool [Q], False: fills up
+    draws: Tensor  # float32 [Q, R] in 0..1, which of the wrong cells each of R further rounds points at
 
 
 def learnable(found: Object, config: PromptConfig) -> bool:
@@ -58,9 +59,12 @@ def learnable(found: Object, config: PromptConfig) -> bool:
 
 
 def first_prompts(
-    annotations: Annotations, model: SegmentAnything, config: PromptConfig, seed: int
+    annotations: Annotations, model: SegmentAnything, config: PromptConfig, seed: int, error_points: int = 0
 ) -> Callable[[int, int], Prompted]:
-    """(epoch, number of the picture) -> `Prompted`, for threads; Q is 0 where a picture has no object to learn."""
+    """(epoch, number of the picture) -> `Prompted`, for threads; Q is 0 where a picture has no object to learn.
+
+    `error_points`: how many further rounds are to point at an error.
+    """
 
     def make(epoch: int, number: int) -> Prompted:
         rng = np.random.default_rng((seed, epoch, number))
@@ -96,6 +100,7 @@ def first_prompts(
             points=torch.from_numpy(np.array(points, np.float32).reshape(-1, 2, 2)),
             labels=torch.tensor(labels, dtype=torch.int64).view(-1, 2),
             real=torch.ones(len(targets), dtype=torch.bool),
+            draws=torch.from_numpy(rng.random((len(targets), error_points), np.float32)),
         )
 
     return make
@@ -116,6 +121,7 @@ def collate(pictures: list[Prompted]) -> Prompted:
         points=torch.stack([fill(picture.points, -1) for picture in pictures]),
         labels=torch.stack([fill(picture.labels, -1) for picture in pictures]),
         real=torch.stack([fill(picture.real, False) for picture in pictures]),
+        draws=torch.stack([fill(picture.draws, 0) for picture in pictures]),
     )
 
 

@@ -40,11 +40,11 @@ class PictureSteps(Generic[T]):
         if batch_size > count:
             raise SamiCacheError(f"--batch-size {batch_size} is more than the {count} pictures there are to train on: lower it")
         self.count, self.make, self.batch_size, self.seed, self.rank, self.world = count, make, batch_size, seed, rank, world
-        self.size = batch_size // world // accumulate
+        self.size, self.accumulate = batch_size // world // accumulate, accumulate
         self.steps_per_epoch = count // batch_size
         self.threads, self.timeout = threads or default_threads(), timeout
 
-    def batches(self, start_step: int) -> Iterator[list[T]]:
+    def batches(self, start_step: int) -> Generator[list[T], None, None]:
         """This rank's micro-batches from `start_step` on."""
         items = prepared(self.make, self._numbers(start_step), threads=self.threads, ahead=self.size, timeout=self.timeout)
         try:

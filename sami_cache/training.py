@@ -81,8 +81,8 @@ class TrainConfig:
     """Optimizer steps of linear warm-up."""
     min_lr: float = 0.0
     """What the schedule ends at."""
-    schedule: Literal["cosine", "linear"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    schedule: Literal["cosine", "linear", "poly"] = "cosine"
+    """How the learning rate falls after the warm-up; poly: with the power 0.9 of what is left."""
     accumulate: int = 1
     """Micro-batches a step; same gradient, less memory."""
     weight_decay: float = 0.05
@@ -120,8 +120,8 @@ class TrainConfig:
             raise SamiCacheError(f"lr is {self.lr} and min_lr {self.min_lr}: expected 0 <= min_lr <= lr, and lr above 0")
         if self.seed < 0:
             raise SamiCacheError(f"seed is {self.seed}: expected 0 or more")
-        if self.schedule not in ("cosine", "linear"):
-            raise SamiCacheError(f"schedule is {self.schedule!r}: expected 'cosine' or 'linear'")
+        if self.schedule not in ("cosine", "linear", "poly"):
+            raise SamiCacheError(f"schedule is {self.schedule!r}: expected 'cosine', 'linear' or 'poly'")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise SamiCacheError(f"precision is {self.precision!r}: expected 'auto', 'float32' or 'bfloat16'")
 
@@ -129,12 +129,15 @@ class TrainConfig:
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Of the step with this 0-based number: linear from lr / warmup_steps up to lr, then down to min_lr at `steps`.
 
-    Down by half a cosine, or linearly.
+    Down by half a cosine, linearly, or by the power 0.9 of the steps left.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    left = 1 - min(1.0, done) if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    done = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
+    if config.schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * done))
+    else:
+        left = (1 - done) ** (0.9 if config.schedule == "poly" else 1)
     return config.min_lr + (config.lr - config.min_lr) * left
 
 
@@ -146,6 +149,7 @@ class Trainer:
     changes the numbers. With `config`, under "train", it is saved, and a resumed run must bring the same but for
     `free_fields`: dotted names such as "loader.workers"; "loader" frees all below it. `on_log` gets every line of
     `metrics.jsonl`, on rank 0. `grace`: seconds that the step in hand and its checkpoint may take after a signal.
+    `lr_scale(name)`: what a parameter's learning rate is multiplied with, such as layer-wise decay.
 
     Raises `IdentityError` listing the fields that differ, `DamageError` where no checkpoint is intact, else `SamiCacheError`.
     """
@@ -162,6 +166,7 @@ class Trainer:
         free_fields: tuple[str, ...] = (),
         on_log: Callable[[dict[str, Any]], None] = lambda line: None,
         grace: float = GRACE,
+        lr_scale: Callable[[str], float] = lambda name: 1.0,
     ):
         self.task, self.config, self.run_dir, self.device, self.on_log = task, config, Path(run_dir), device, on_log
         self.rank, self.world = rank_and_world()
@@ -187,7 +192,9 @@ class Trainer:
         wants_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self._bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and wants_bfloat16)
         task.model.to(device)
-        self.optimizer = NamedAdamW(task.model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+        self.optimizer = NamedAdamW(
+            task.model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, lr_scale=lr_scale
+        )
         if checkpoint:
             put_weights(task.model, checkpoint.model, f"the checkpoint of step {checkpoint.step}")
             self.optimizer.load_named_state(checkpoint.optimizer)
@@ -290,8 +297,7 @@ class Trainer:
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(self.task.model.parameters(), self.config.clip_grad)
         healthy = torch.isfinite(metrics["loss"]) | (self._poisoned >= 0)
         self._poisoned = torch.where(healthy, self._poisoned, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.optimizer.set_lr(lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return metrics, waited

@@ -211,16 +211,18 @@ def test_what_is_matched_is_the_cache_where_the_picture_is(cache, tmp_path):
         prepared = prepare(config(tmp_path / "run", from_cache=made.path, holdout=0.0, data=data), CPU)
         task = prepared.task
         assert isinstance(task, NeckTask)
-        for number, (rows, columns) in enumerate([(64, 64), (32, 64)]):
+        keys = made.table()["key"].to_pylist()
+        for name, (rows, columns) in {"0.png": (64, 64), "1.png": (32, 64)}.items():
+            number = keys.index(name)
             taught = task.steps.make(0, number)
             assert taught.covered.tolist() == [rows / 16, columns / 16]
             assert np.array_equal(taught.target.numpy(), made.read_embedding(number))
-            picture = prepared.task.model.preprocess(np.array(Image.open(photos / f"{number}.png").resize((columns, rows))))
+            picture = prepared.task.model.preprocess(np.array(Image.open(photos / name).resize((columns, rows))))
             assert float((taught.pixels - picture).abs().mean()) < (0.25 if data is None else 0.1)
             assert taught.pixels[:, rows:].abs().sum() == 0
             batch = type(taught)(*(value[None] for value in taught))
             answer = torch.randn(1, 256, 4, 4)
-            if number == 0:
+            if rows == columns:
                 answer[:] = batch.target
                 assert float(task.loss(lambda pixels, answer=answer: answer, batch, CPU)["loss"]) < 1e-9
             before = float(task.loss(lambda pixels, answer=answer: answer, batch, CPU)["loss"])

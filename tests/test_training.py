@@ -131,7 +131,9 @@ def test_a_linear_schedule_falls_by_equal_steps():
     assert learning_rate(55, config) == pytest.approx(1.1)
     assert learning_rate(100, config) == pytest.approx(0.2)
     assert learning_rate(30, config) - learning_rate(31, config) == pytest.approx(1.8 / 90)
-    with pytest.raises(SamiCacheError, match="schedule is 'step': expected 'cosine' or 'linear'"):
+    poly = configure(steps=100, warmup_steps=10, lr=2.0, min_lr=0.2, schedule="poly")
+    assert learning_rate(55, poly) == pytest.approx(0.2 + 1.8 * 0.5**0.9)
+    with pytest.raises(SamiCacheError, match="schedule is 'step': expected 'cosine', 'linear' or 'poly'"):
         configure(schedule="step")
 
 

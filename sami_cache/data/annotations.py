@@ -273,6 +273,9 @@ def _list(data: Mapping[str, Any], key: str, name: str) -> list[Any]:
 
 
 def _checked_image(entry: Any, where: str) -> dict[str, Any]:
+    if isinstance(entry, dict) and "file_name" not in entry and isinstance(entry.get("coco_url"), str):
+        # LVIS names a picture by its address alone, whose last two parts are COCO's folder and file.
+        entry = entry | {"file_name": "/".join(entry["coco_url"].split("/")[-2:])}
     if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
         raise SamiCacheError(f"{where}: expected an object with id, file_name, width and height, found {one_line(entry, 80)}")
     if Path(entry["file_name"]).is_absolute() or ".." in Path(entry["file_name"]).parts:

@@ -7,6 +7,7 @@ map's padding, which no cache holds, is left to the student.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
@@ -128,12 +129,9 @@ class NeckTask:
         self._mean = torch.from_numpy(codec.mean.copy()).to(device)[:, None, None]
 
     def batches(self, start_step: int) -> Iterator[Taught]:
-        pictures = self.steps.batches(start_step)
-        try:
+        with closing(self.steps.batches(start_step)) as pictures:
             for some in pictures:
                 yield _collate(some)
-        finally:
-            pictures.close()  # type: ignore[attr-defined]
 
     def loss(self, model: nn.Module, batch: Taught, device: torch.device) -> dict[str, Tensor]:
         """The mean squared error, 1 for a student that knows the teacher's mean and nothing else."""
@@ -141,7 +139,7 @@ class NeckTask:
         return {"loss": F.mse_loss(prediction, target) / self._variance}
 
     def _matched(self, model: nn.Module, batch: Taught) -> tuple[Tensor, Tensor]:
-        pixels, covered, target = (value.to(self.device, non_blocking=True) for value in batch)
+        pixels, covered, target = (value.to(self.device) for value in batch)
         embeddings = model(pixels)
         with torch.autocast(self.device.type, enabled=False):
             return valid_region(embeddings.float(), covered, target.shape[-1]), target
@@ -149,7 +147,8 @@ class NeckTask:
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """`heldout_loss`, and `heldout_cosine`: the mean over cells of the cosine, both less the teacher's mean."""
         sums = {"loss": 0.0, "cosine": 0.0, "pictures": 0.0}
-        for taught in prepared(self._held, ((0, place) for place in range(len(self.held_out))), threads=self.steps.threads):
+        places = ((0, place) for place in range(len(self.held_out)))
+        for taught in prepared(self._held, places, threads=self.steps.threads, timeout=self.steps.timeout):
             prediction, target = self._matched(model, _collate([taught]))
             sums["loss"] += float(F.mse_loss(prediction, target)) / self._variance
             sums["cosine"] += float(F.cosine_similarity(prediction - self._mean, target - self._mean, dim=1).mean())

@@ -7,6 +7,7 @@ ask with one box and no clicks: it trains token 0 in the first round too, which 
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +50,11 @@ class RoundsConfig:
                 f"{EFFICIENTSAM_POINTS} points at most, two of which are a box's"
             )
 
-    def draw(self) -> list[bool]:
-        """Whether each round after the first adds a point. Draws from torch's global generator."""
+    def draw(self, rng: np.random.Generator) -> list[bool]:
+        """Whether each round after the first adds a point."""
         rounds = [True] * self.error_points
         for _ in range(self.mask_rounds - 1):
-            rounds.insert(int(torch.randint(len(rounds) + 1, ())), False)
+            rounds.insert(int(rng.integers(len(rounds) + 1)), False)
         return rounds + [False] * min(1, self.mask_rounds)
 
 
@@ -61,22 +62,26 @@ class TrainedSegmentAnything(SegmentAnything):
     """The same model under the same names, with all rounds of a batch as its `forward`, where wrappers look for it."""
 
     def forward(self, batch: Prompted, rounds: list[bool], recompute: bool) -> dict[str, Tensor]:
-        """The training losses of a batch on the model's device; `rounds` as `RoundsConfig.draw` gives them."""
+        """The training losses of a batch on the model's device; `rounds` as `RoundsConfig.draw` gives them.
+
+        Objects are averaged within their picture, then pictures, so that it does not matter how a batch is cut.
+        """
         embeddings = self.encode(batch.pixels)
         points, labels, answer = batch.points, batch.labels, None
-        count, means = batch.real.sum().clamp(min=1), []
+        share = batch.real / (batch.real.sum(1, keepdim=True).clamp(min=1) * len(batch.real))
+        draws, means = iter(batch.draws.unbind(-1)), []
         for number, adds_point in enumerate([False, *rounds]):
             if adds_point and answer is not None:
-                point, label = error_points(answer[:, :, 0], batch.targets, batch.inside[:, None])
+                point, label = error_points(answer[:, :, 0], batch.targets, batch.inside[:, None], next(draws))
                 points, labels = torch.cat([points, point], 2), torch.cat([labels, label], 2)
             asked = (points, labels) if self.config.family == "sam" else self.complete_prompts(points, labels)
             given = answer if self.config.family == "sam" else None
             arguments = (embeddings, *asked, given, batch, number == 0)
-            if recompute and torch.is_grad_enabled():
+            if recompute and rounds and torch.is_grad_enabled():
                 loss, iou, answer = checkpoint(self._round, *arguments, use_reentrant=False, preserve_rng_state=False)  # type: ignore[misc]
             else:
                 loss, iou, answer = self._round(*arguments)
-            means.append(((loss * batch.real).sum() / count, (iou * batch.real).sum() / count))
+            means.append(((loss * share).sum(), (iou * share).sum()))
         losses, ious = zip(*means, strict=True)
         return {
             "loss": torch.stack(losses).mean(),
@@ -125,17 +130,21 @@ def trained(model: SegmentAnything) -> TrainedSegmentAnything:
     return copy
 
 
-def error_points(answer: Tensor, targets: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+def error_points(answer: Tensor, targets: Tensor, inside: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
     """A point for every query, uniform where the answer is wrong: points [B, Q, 1, 2] in pixels of the input, labels [B, Q, 1].
 
     1 where the object was missed, 0 where the answer is too large. Where nothing is wrong: anywhere in the picture.
 
     Args:
         answer: logits [B, Q, h, w]; targets: bool [B, Q, h, w]; inside: bool, broadcast to that, the cells of the picture.
+        draws: float [B, Q] in 0..1, the share of the wrong cells, in reading order, that lie before the one to point at.
     """
     wrong = ((answer > 0) != targets) & inside
     wrong = torch.where(wrong.flatten(2).any(-1)[..., None, None], wrong, inside)
-    cells = torch.multinomial(wrong.flatten(2).flatten(0, 1).float(), 1).view(*targets.shape[:2], 1)
+    counted = wrong.flatten(2).cumsum(-1, dtype=torch.int32)
+    count = counted[..., -1:]
+    wanted = torch.minimum((draws[..., None] * count).to(torch.int32) + 1, count)
+    cells = torch.searchsorted(counted, wanted)
     width = targets.shape[-1]
     # The middle of a cell of four pixels, whose own middle is half a pixel further.
     points = torch.stack([cells % width, cells // width], -1) * 4 + 1.5
@@ -164,17 +173,17 @@ class PromptableTask:
         if model.config.family == "sam" and not config.error_points + config.mask_rounds:
             model.get_submodule("prompt_encoder.mask_downscaling").requires_grad_(False)  # nothing would use it
 
-    def batches(self, start_step: int) -> Iterator[Prompted]:
-        pictures = self.steps.batches(start_step)
-        try:
-            for some in pictures:
-                yield collate(some)
-        finally:
-            pictures.close()  # type: ignore[attr-defined]
+    def batches(self, start_step: int) -> Iterator[tuple[Prompted, list[bool]]]:
+        """Prompts and rounds; a step has the same rounds in all its parts and processes."""
+        with closing(self.steps.batches(start_step)) as pictures:
+            for number, some in enumerate(pictures):
+                step = start_step + number // self.steps.accumulate
+                yield collate(some), self.config.draw(np.random.default_rng((self.steps.seed, step)))
 
-    def loss(self, model: nn.Module, batch: Prompted, device: torch.device) -> dict[str, Tensor]:
-        there = Prompted(*(value.to(device, non_blocking=True) for value in batch))
-        return model(there, self.config.draw(), self.config.recompute)
+    def loss(self, model: nn.Module, batch: tuple[Prompted, list[bool]], device: torch.device) -> dict[str, Tensor]:
+        prompted, rounds = batch
+        there = Prompted(*(value.to(device) for value in prompted))
+        return model(there, rounds, self.config.recompute)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Mean IoU over the held-out objects, crowds left out, at the pictures' own resolution.
@@ -185,7 +194,9 @@ class PromptableTask:
         """
         sums: dict[str, float] = dict.fromkeys(("box", "box_three", "click", "box_itself", "objects"), 0.0)
         if self.held_out is not None:
-            for question in prepared(self._question, ((number,) for number in self.numbers), threads=self.steps.threads):
+            for question in prepared(
+                self._question, ((number,) for number in self.numbers), threads=self.steps.threads, timeout=self.steps.timeout
+            ):
                 if len(question.masks):
                     for name, value in self._answers(model, question).items():
                         sums[name] += value

@@ -1,0 +1,193 @@
+"""What pretraining is worth to a promptable model that is fine-tuned on few pictures: a pretrained student against scratch.
+
+    python benchmarks/promptable.py train --annotations FILE --images DIR --student RUN --work DIR [--seeds 3] [--steps 800]
+    python benchmarks/promptable.py report --work DIR [--plot FILE]
+
+The first 80 of the annotated pictures, by number, are trained on, the others held out. RUN is one of `sami-cache train`, or
+what `sami-cache export` wrote. Both arms run `sami-cache finetune promptable` with the same settings; within a seed they share
+the decoder's initialisation, the order of pictures and the first prompts, and differ in the encoder's start alone. The baseline
+needs no model: the box itself as the mask. A run that is finished is not made again, one that was stopped goes on.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from pipelines.evaluate import EvaluationConfig, evaluate
+from pipelines.finetune import PromptableTrainingConfig, finetune_promptable
+from sami_cache.inference.protocols import PROTOCOLS
+from sami_cache.prompts import PromptConfig
+
+TRAINED_ON = 80
+ARMS = {"taught": "pretrained student", "scratch": "the same student from scratch"}
+CURVES = {"heldout_box_miou": "box", "heldout_click_miou": "1 click"}
+EVALUATED = {"single": ("box", "1", "3"), "efficientsam": ("box",)}
+
+
+def split(annotations: Path, work: Path) -> dict[str, Path]:
+    """COCO-format JSON of the pictures to train on and of those held out."""
+    data = json.loads(annotations.read_text())
+    images = sorted(data["images"], key=lambda image: image["id"])
+    parts = {}
+    for name, some in {"train": images[:TRAINED_ON], "heldout": images[TRAINED_ON:]}.items():
+        chosen = {image["id"] for image in some}
+        kept = [one for one in data["annotations"] if one["image_id"] in chosen]
+        parts[name] = work / f"{name}.json"
+        parts[name].write_text(json.dumps({**data, "images": some, "annotations": kept}))
+        print(f"{name}: {len(some)} pictures, {len(kept)} objects", flush=True)
+    return parts
+
+
+def train(given: argparse.Namespace) -> None:
+    """Train and evaluate every arm and seed; results in WORK/results.json."""
+    given.work.mkdir(parents=True, exist_ok=True)
+    parts = split(given.annotations, given.work)
+    path = given.work / "results.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    settings = {
+        "image_size": given.image_size,
+        "steps": given.steps,
+        "batch_size": given.batch_size,
+        "lr": given.lr,
+        "error_points": given.error_points,
+        "mask_rounds": given.mask_rounds,
+        "max_objects": given.max_objects,
+    }
+    if results.setdefault("settings", settings) != settings:
+        raise SystemExit(f"{path} has results of other settings, {results['settings']}: give another --work")
+
+    def measure(model: Path | None, out: str) -> dict[str, float]:
+        found = {}
+        for protocol, prompts in EVALUATED.items():
+            config = EvaluationConfig(
+                model=model,
+                data=parts["heldout"],
+                images=given.images,
+                protocol=PROTOCOLS[protocol],
+                prompts=prompts if model else ("box",),
+                out=given.work / f"{out}-{protocol}.json",
+                overwrite=True,
+            )
+            for row in evaluate(config)["miou"]:
+                found[f"{protocol}/{row['prompt']}"] = row["miou"]
+        return found
+
+    results.setdefault("box itself", measure(None, "box"))
+    for seed in range(given.seeds):
+        for arm in ARMS:
+            run = given.work / f"{arm}-{seed}"
+            if run.name in results:
+                continue
+            config = PromptableTrainingConfig(
+                run=run,
+                data=parts["train"],
+                images=given.images,
+                val=parts["heldout"],
+                init=given.student if arm == "taught" else None,
+                student=given.encoder,
+                image_size=given.image_size,
+                prompts=PromptConfig(max_objects=given.max_objects),
+                error_points=given.error_points,
+                mask_rounds=given.mask_rounds,
+                steps=given.steps,
+                warmup_steps=given.steps // 20,
+                batch_size=given.batch_size,
+                lr=given.lr,
+                seed=seed,
+                log_every=20,
+                checkpoint_every=given.steps // 8,
+                evaluate_every=given.steps // 8,
+                resume=(run / "config.json").exists(),
+            )
+            last = finetune_promptable(config, lambda line, name=run.name: print(name, _short(line), flush=True))
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            curve = [line for line in lines if "heldout_box_miou" in line]
+            losses = [[line["step"], line["loss"]] for line in lines if line.get("loss") is not None]
+            results[run.name] = {"final": measure(run, run.name), "curve": curve, "losses": losses, "seconds": last["seconds"]}
+            path.write_text(json.dumps(results, indent=1))
+    path.write_text(json.dumps(results, indent=1))
+    report(given)
+
+
+def _short(line: dict[str, Any]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in line.items() if isinstance(value, int | float))
+
+
+def report(given: argparse.Namespace) -> None:
+    """Print the table; draw the curves where `--plot` says."""
+    results = json.loads((given.work / "results.json").read_text())
+    arms = {arm: [results[name] for name in sorted(results) if name.startswith(f"{arm}-")] for arm in ARMS}
+    names = list(arms["taught"][0]["final"])
+    print(f"settings: {results['settings']}\n")
+    print("| held-out mIoU, percent | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
+    baseline = [results["box itself"].get(name) for name in names]
+    print("| the box itself | " + " | ".join("-" if value is None else f"{100 * value:.1f}" for value in baseline) + " |")
+    for arm, runs in arms.items():
+        cells = [_spread([100 * run["final"][name] for run in runs]) for name in names]
+        print(f"| {ARMS[arm]}, {len(runs)} seeds | " + " | ".join(cells) + " |")
+    pairs = list(zip(arms["taught"], arms["scratch"], strict=False))
+    cells = [_spread([100 * (taught["final"][name] - scratch["final"][name]) for taught, scratch in pairs]) for name in names]
+    print("| difference, paired by seed | " + " | ".join(cells) + " |")
+    for arm, runs in arms.items():
+        print(f"{arm}: {_spread([run['seconds'] / 60 for run in runs])} minutes a run")
+    if given.plot:
+        _draw(results, arms, given.plot)
+
+
+def _spread(values: list[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
+
+
+def _draw(results: dict[str, Any], arms: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    colours = {"taught": "#0072B2", "scratch": "#D55E00"}
+    for panel, (key, name) in zip(axes, CURVES.items(), strict=True):
+        for arm, runs in arms.items():
+            for number, run in enumerate(runs):
+                steps, values = [line["step"] for line in run["curve"]], [100 * line[key] for line in run["curve"]]
+                panel.plot(steps, values, color=colours[arm], marker="o", markersize=3, label=ARMS[arm] if not number else None)
+        if name == "box":
+            panel.axhline(100 * results["box itself"]["single/box"], color="black", linestyle=":", label="the box itself")
+        panel.set_title(f"prompt: {name}")
+        panel.set_xlabel("optimizer step")
+        panel.grid(alpha=0.3)
+    axes[0].set_ylabel("mIoU over the held-out objects, percent")
+    axes[0].legend(frameon=False)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    training = commands.add_parser("train")
+    training.set_defaults(run=train)
+    training.add_argument("--annotations", type=Path, required=True, help="COCO-format JSON of at least 81 pictures")
+    training.add_argument("--images", type=Path, required=True)
+    training.add_argument("--student", type=Path, required=True)
+    training.add_argument("--encoder", default="vit_t", help="what RUN is")
+    training.add_argument("--seeds", type=int, default=3)
+    training.add_argument("--steps", type=int, default=800)
+    training.add_argument("--batch-size", type=int, default=8)
+    training.add_argument("--lr", type=float, default=4e-4)
+    training.add_argument("--image-size", type=int, default=320)
+    training.add_argument("--error-points", type=int, default=2)
+    training.add_argument("--mask-rounds", type=int, default=1)
+    training.add_argument("--max-objects", type=int, default=8)
+    reporting = commands.add_parser("report")
+    reporting.set_defaults(run=report)
+    for command in (training, reporting):
+        command.add_argument("--work", type=Path, required=True)
+        command.add_argument("--plot", type=Path)
+    given = parser.parse_args()
+    given.run(given)
+
+
+if __name__ == "__main__":
+    main()
