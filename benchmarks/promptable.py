@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.evaluate import EvaluationConfig, evaluate
-from pipelines.finetune import PromptableTrainingConfig, finetune_promptable
+from pipelines.finetune_promptable import PromptableTrainingConfig, finetune_promptable
 from sami_cache.inference.protocols import PROTOCOLS
 from sami_cache.prompts import PromptConfig
 

@@ -5,8 +5,10 @@ from typing import Annotated
 
 import typer
 
+from cli import finetune_options as options
 from cli.cache_commands import Device, Grace, Workers
 from cli.output import TrainingLines, duration
+from pipelines.recipes import EFFICIENTSAM_SA1B as SA1B
 
 
 def register(app: typer.Typer) -> None:
@@ -21,9 +23,7 @@ def register(app: typer.Typer) -> None:
 
 
 def promptable(
-    run: Annotated[
-        Path, typer.Option("--run", "--run-dir", help="Where the run is written; torchrun takes --run for its own.")
-    ] = Path("runs/promptable"),
+    run: options.Run = Path("runs/promptable"),
     data: Annotated[
         Path | None,
         typer.Option(
@@ -47,44 +47,45 @@ def promptable(
     freeze_decoder: Annotated[bool, typer.Option("--freeze-decoder", help="Train the encoder alone.")] = False,
     family: Annotated[str | None, typer.Option(help="sam or efficientsam. Default: of --init, else sam.")] = None,
     student: Annotated[str | None, typer.Option(help="vit_t, vit_s or vit_b. Default: of --init, else vit_t.")] = None,
-    image_size: Annotated[int, typer.Option(help="Of the square input, pixels; a multiple of 16.")] = 1024,
-    epochs: Annotated[float, typer.Option(help="As published, on SA-1B: 5.")] = 5,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
-    warmup_steps: Annotated[int, typer.Option(help="Linear warm-up.")] = 0,
-    batch_size: Annotated[int | None, typer.Option(help="Pictures a step. Default: 128, or all if there are fewer.")] = None,
-    micro_batch: Annotated[
-        int | None, typer.Option(help="Pictures a process sees at once. Default: 8 on CUDA, 2 on the CPU.")
+    image_size: Annotated[
+        int | None, typer.Option(help="Of the square input, pixels; a multiple of 16. Default: of --init, else 1024.")
     ] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate at the start; falls linearly to 0.")] = 4e-4,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.1,
-    clip_grad: Annotated[float | None, typer.Option(help="Largest norm of the gradient. Default: no clipping.")] = None,
-    max_objects: Annotated[int, typer.Option(help="Of a picture in a step.")] = 64,
+    epochs: options.Epochs = SA1B.epochs,
+    steps: options.Steps = None,
+    warmup_steps: options.WarmupSteps = None,
+    batch_size: options.BatchSize = SA1B.batch_size,
+    micro_batch: options.MicroBatch = None,
+    lr: options.LearningRate = SA1B.lr,
+    weight_decay: options.WeightDecay = SA1B.weight_decay,
+    clip_grad: options.ClipGrad = None,
+    max_objects: Annotated[int, typer.Option(min=1, help="Of a picture in a step.")] = SA1B.max_objects,
     error_points: Annotated[
-        int | None, typer.Option(help="Rounds with a point where the last answer is wrong. Default: 8; efficientsam 4.")
+        int | None, typer.Option(min=0, help="Rounds with a point where the last answer is wrong. Default: 8; efficientsam 4.")
     ] = None,
     mask_rounds: Annotated[
-        int | None, typer.Option(help="Rounds with the last answer and nothing new. Default: 2; efficientsam 0.")
+        int | None, typer.Option(min=0, help="Rounds with the last answer and nothing new. Default: 2; efficientsam 0.")
     ] = None,
-    holdout: Annotated[float, typer.Option(help="With --from-cache: share of the images kept to evaluate on.")] = 0.02,
-    seed: Annotated[int, typer.Option(help="Of weights, order and prompts.")] = 0,
-    precision: Annotated[str, typer.Option(help="auto (bfloat16 where the device has it), float32 or bfloat16.")] = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run.")] = False,
-    log_every: Annotated[int | None, typer.Option(help="Steps.")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps.")] = None,
-    evaluate_every: Annotated[int | None, typer.Option(help="Steps.")] = None,
+    holdout: Annotated[
+        float | None, typer.Option(help="With --from-cache: share of the images kept to evaluate on. Default: 0.02.")
+    ] = None,
+    seed: options.Seed = 0,
+    precision: options.Precision = "auto",
+    resume: options.Resume = False,
+    log_every: options.Every = None,
+    checkpoint_every: options.Every = None,
+    evaluate_every: options.Every = None,
     device: Device = "auto",
     workers: Workers = None,
     grace: Grace = 20.0,
-    data_timeout: Annotated[
-        float, typer.Option(min=0.1, max=86400, help="Seconds without a picture after which the run stops.")
-    ] = 60.0,
+    data_timeout: options.DataTimeout = 60.0,
 ) -> None:
     """Train a student to segment anything it is prompted for, as Segment Anything and EfficientSAM were.
 
     Defaults are the paper's. Ctrl-C leaves a checkpoint; `--resume` continues. With `--from-cache` no annotations are needed:
     the encoder learns to give SAM's embeddings, which SAM's own decoder reads.
     """
-    from pipelines.finetune import Prepared, PromptableTrainingConfig, finetune_promptable
+    from pipelines.finetune_promptable import PromptableTrainingConfig, finetune_promptable
+    from pipelines.running import Prepared
     from sami_cache.processes import is_first_process
     from sami_cache.prompts import PromptConfig
 
@@ -128,13 +129,8 @@ def promptable(
 
     def start(prepared: Prepared) -> None:
         lines.steps = prepared.train.steps
-        model, counts, step = prepared.settings["segment_anything"], prepared.settings["pictures"], prepared.train
-        typer.echo(
-            f"{run}: {model['encoder']} at {model['image_size']} px, family {model['family']}; {counts['train']} pictures to "
-            f"train on, {counts['held_out']} held out; {step.steps} steps of {step.batch_size} in {step.accumulate} parts, "
-            f"lr {step.lr:.3g}",
-            err=True,
-        )
+        model = prepared.settings["segment_anything"]
+        options.announce(run, f"{model['encoder']} at {model['image_size']} px, family {model['family']}", prepared)
 
     last = finetune_promptable(config, lines, start)
     if not is_first_process():
@@ -146,3 +142,4 @@ def promptable(
     elif "heldout_cosine" in last:
         text += f"; held out: loss {last['heldout_loss']:.4f}, cosine {last['heldout_cosine']:.4f}"
     typer.echo(text)
+    typer.echo(f"Next: sami-cache demo-web {run}, or sami-cache evaluate promptable {run} --data FILE")

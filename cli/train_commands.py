@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
         "`torchrun --nproc-per-node 8 -m cli.main train --student vit_b`; "
         "MAE: `sami-cache train --target pixels --run runs/mae`"
     )(train)
-    app.command(epilog="Example: `sami-cache export runs/vit_s`")(export)
+    app.command(epilog="Examples: `sami-cache export runs/vit_s`; `sami-cache export runs/promptable --out model.pt`")(export)
     app.command(epilog="Example: `sami-cache report runs/vit_s`")(report)
     app.command(epilog="Example: `sami-cache demo --out demo`")(demo)
 
@@ -87,7 +87,8 @@ def train(
     Defaults are the paper's. Ctrl-C leaves a checkpoint; `--resume` continues. The resolved configuration, the metrics
     (JSON lines and TensorBoard) and the checkpoints lie in the run's folder.
     """
-    from pipelines.train import Prepared, TrainingConfig
+    from pipelines.running import Prepared
+    from pipelines.train import TrainingConfig
     from pipelines.train import train as stage
     from sami_cache.processes import is_first_process
 
@@ -156,11 +157,24 @@ def train(
 
 def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    out: Annotated[Path | None, typer.Option(help="The file. Default: RUN/<timm name>.safetensors.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The file. Default: RUN/<timm name>.safetensors; promptable: RUN/<family>_<student>.pt.")
+    ] = None,
 ) -> None:
-    """Write a run's encoder as safetensors that load strictly into stock timm."""
-    from pipelines.export import export as stage
+    """Write a run's encoder as safetensors that load strictly into stock timm; of a promptable model, all of it.
 
+    Family efficientsam is written in the layout of the released EfficientSAM, family sam in Meta's.
+    """
+    from pipelines.export import export as stage
+    from pipelines.export import export_promptable, is_promptable
+
+    if is_promptable(run):
+        whole = export_promptable(run, out)
+        typer.echo(
+            f"{whole.path}: {size(whole.bytes)}, {whole.tensors} tensors, family {whole.family}, {whole.encoder} at "
+            f"{whole.image_size} px."
+        )
+        return
     result = stage(run, out)
     typer.echo(f"{result.path}: {size(result.path.stat().st_size)}, the encoder of step {result.step} of {result.steps}.")
     typer.echo(f"Loads strictly into stock timm (the head is untrained):\n  {result.load_line}")

@@ -17,7 +17,8 @@ from pipelines.export import export
 from pipelines.extract import extract
 from pipelines.jobs import ExtractConfig, Progress
 from pipelines.report import ReportResult, report
-from pipelines.train import Prepared, TrainingConfig, train
+from pipelines.running import Prepared
+from pipelines.train import TrainingConfig, train
 from pipelines.verify import VerifyConfig, verify
 from sami_cache.checkpoints import checkpoint_path
 from sami_cache.errors import DamageError, SamiCacheError

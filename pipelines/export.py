@@ -1,5 +1,7 @@
-"""The encoder of a pretraining run as one safetensors file that stock timm loads."""
+"""What a run has trained, as one file: an encoder that stock timm loads, or a whole promptable model."""
 
+import io
+import json
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from pipelines.promptable import open_promptable
 from sami_cache import __version__
 from sami_cache.checkpoints import Checkpoint, load_newest, put_weights
 from sami_cache.errors import SamiCacheError
+from sami_cache.models.segment_anything_weights import load_segment_anything, save_segment_anything
 from sami_cache.models.students import STUDENTS, create_encoder, export_encoder
 from sami_cache.store.files import fsync_directory, write_durably
 from sami_cache.tasks.sami import IMAGENET_MEAN, IMAGENET_STD
@@ -84,6 +88,59 @@ def export(run: Path, out: Path | None = None) -> ExportResult:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptableExport:
+    """A promptable model that was written."""
+
+    path: Path
+    family: str
+    encoder: str
+    image_size: int
+    tensors: int
+    bytes: int
+
+
+def export_promptable(run: Path, out: Path | None = None) -> PromptableExport:
+    """Write the model of a `finetune promptable` run, by default to RUN/<family>_<encoder>.pt.
+
+    Family efficientsam: the layout of the released EfficientSAM, whose own code loads it; family sam: Meta's. `out` is a .pt or
+    .pth file or an existing folder. Raises SamiCacheError where something is there already.
+    """
+    model = open_promptable(run)
+    path = _target(run, out, f"{model.config.family}_{model.config.encoder}.pt", (".pt", ".pth"))
+    if path.exists():
+        raise SamiCacheError(f"{path} is there: nothing was overwritten. Remove it, or write to another file with --out FILE.")
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.pt")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()
+        save_segment_anything(model, content)
+        write_durably(temporary, content.getvalue())
+        load_segment_anything(temporary)
+        temporary.rename(path)
+        fsync_directory(path.parent)
+    except OSError as error:
+        raise SamiCacheError(f"{path}: not written ({error.strerror}). Give another place with --out FILE.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return PromptableExport(
+        path=path,
+        family=model.config.family,
+        encoder=model.config.encoder,
+        image_size=model.config.image_size,
+        tensors=len(model.state_dict()),
+        bytes=path.stat().st_size,
+    )
+
+
+def is_promptable(run: Path) -> bool:
+    """Whether the folder is a run of `finetune promptable`, as far as its settings say."""
+    try:
+        return "segment_anything" in json.loads((run / "config.json").read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def newest_checkpoint(run: Path) -> Checkpoint:
     """The newest intact checkpoint of a pretraining run. Raises SamiCacheError that says what is missing, or DamageError."""
     if not (run / "config.json").exists():
@@ -99,10 +156,10 @@ def newest_checkpoint(run: Path) -> Checkpoint:
     return checkpoint
 
 
-def _target(run: Path, out: Path | None, name: str) -> Path:
+def _target(run: Path, out: Path | None, name: str, endings: tuple[str, ...] = (".safetensors",)) -> Path:
     path = run / name if out is None else out / name if out.is_dir() else out
-    if path.suffix != ".safetensors":
-        raise SamiCacheError(f"--out {path}: expected a name that ends in .safetensors, or a folder that exists.")
+    if path.suffix not in endings:
+        raise SamiCacheError(f"--out {path}: expected a name that ends in {' or '.join(endings)}, or a folder that exists.")
     return path
 
 

@@ -40,6 +40,8 @@ class PromptableRecipe:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
     image_size: int = 1024
+    max_objects: int = 64
+    """Of a picture in a step. First prompts: `prompts.PromptConfig`; further rounds: `tasks.promptable.RoundsConfig`."""
 
 
 EFFICIENTSAM_SA1B = PromptableRecipe()

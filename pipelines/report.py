@@ -162,10 +162,11 @@ def _rebuild(run: Path, checkpoint: Checkpoint, cache: Path | None, data: Path |
         raise IdentityError(
             f"{run} was trained from the cache {expected}, {cache} is {found}: give the one it was trained from with --cache."
         )
-    model = prepared.task.model
-    put_weights(model, checkpoint.model, f"the checkpoint of step {checkpoint.step} of {run}")
-    model.to(device).eval()
-    return prepared.task
+    task = prepared.task
+    assert isinstance(task, SAMITask)
+    put_weights(task.model, checkpoint.model, f"the checkpoint of step {checkpoint.step} of {run}")
+    task.model.to(device).eval()
+    return task
 
 
 @torch.no_grad()

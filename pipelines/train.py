@@ -1,6 +1,5 @@
 """Pretraining a student from a cache, from pixels, or with the teacher online."""
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from pipelines.embedding import PRECISIONS
 from pipelines.recipes import SAMI_IMAGENET
+from pipelines.running import Prepared, cadence, micro_batches, run_task
 from sami_cache.checkpoints import load_weights
 from sami_cache.data.sources import open_source
 from sami_cache.errors import SamiCacheError
@@ -20,15 +20,13 @@ from sami_cache.models.students import SAMI, KeysValues, create_encoder
 from sami_cache.models.teachers import Teacher, load_teacher
 from sami_cache.models.weights import check_file_digest
 from sami_cache.order import split_held_out
-from sami_cache.processes import GRACE, StopSignal, distributed, rank_and_world
+from sami_cache.processes import GRACE, rank_and_world
 from sami_cache.samples import CacheSamples, Samples, SourceSamples
 from sami_cache.store.cache import Cache
 from sami_cache.tasks.sami import CacheTargets, OnlineTargets, PixelTargets, SAMIConfig, SAMITask, Target
-from sami_cache.training import TrainConfig, Trainer
+from sami_cache.training import TrainConfig
 
 MICRO_BATCH = {"cuda": 512, "cpu": 32}
-# They say where things are and how fast they go, not what is computed.
-FREE_FIELDS = ("places",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,41 +88,13 @@ class TrainingConfig:
     """Start from the weights of another run or file."""
 
 
-@dataclass(kw_only=True)
-class Prepared:
-    """A run that is ready to start."""
-
-    task: SAMITask
-    train: TrainConfig
-    settings: dict[str, Any]
-    """What is saved with the run, `train` left out."""
-
-
 def train(
     config: TrainingConfig,
     on_log: Callable[[dict[str, Any]], None] = lambda line: None,
     on_start: Callable[[Prepared], None] = lambda prepared: None,
 ) -> dict[str, Any]:
     """Run or continue a pretraining; returns the last line of its log. Raises what `Trainer` and the loader raise."""
-    nothing_yet = "interrupted outside of training; the same command starts, or with --resume goes on."
-    with StopSignal(lambda: nothing_yet), distributed(config.device) as device:
-        prepared = prepare(config, device)
-        trainer = Trainer(
-            prepared.task,
-            prepared.train,
-            config.run,
-            device,
-            resume=config.resume,
-            settings=prepared.settings,
-            free_fields=FREE_FIELDS,
-            on_log=on_log,
-            grace=config.grace,
-        )
-        if config.init is not None and trainer.step == 0:
-            load_weights(prepared.task.model, config.init)
-        if rank_and_world()[0] == 0:
-            on_start(prepared)
-        return trainer.fit()
+    return run_task(config, lambda device: prepare(config, device), on_log, on_start)
 
 
 def prepare(config: TrainingConfig, device: torch.device) -> Prepared:
@@ -137,7 +107,7 @@ def prepare(config: TrainingConfig, device: torch.device) -> Prepared:
     rank, world = rank_and_world()
     batch_size = config.batch_size or min(SAMI_IMAGENET.batch_size, 1 << max(0, (count // 4).bit_length() - 1))
     limit = config.micro_batch or MICRO_BATCH.get(device.type, 32)
-    accumulate = _accumulate(batch_size, world, limit)
+    accumulate = micro_batches(batch_size, world, limit)
     if config.weights_sha256 and not config.teacher_online:
         raise SamiCacheError("--weights-sha256 is of the online teacher's weights: it goes with --teacher-online.")
     teacher = _teacher(config, cache) if config.teacher_online else None
@@ -155,7 +125,6 @@ def prepare(config: TrainingConfig, device: torch.device) -> Prepared:
     steps = config.steps or max(1, round(config.epochs * loader.steps_per_epoch))
     warmup_epochs = config.warmup_epochs
     warmup = steps // 10 if warmup_epochs is None else min(steps, round(warmup_epochs * loader.steps_per_epoch))
-    cadence = max(loader.steps_per_epoch, min(200, steps))
     train_config = TrainConfig(
         steps=steps,
         batch_size=batch_size,
@@ -168,9 +137,7 @@ def prepare(config: TrainingConfig, device: torch.device) -> Prepared:
         clip_grad=config.clip_grad,
         precision=config.precision,
         compile=config.compile,
-        log_every=config.log_every or max(1, min(20, steps // 50)),
-        checkpoint_every=config.checkpoint_every or cadence,
-        evaluate_every=(config.evaluate_every or max(1, min(cadence, steps // 2))) if held.any() else None,
+        **cadence(config, steps, loader.steps_per_epoch, evaluates=bool(held.any())),
     )
     torch.manual_seed(config.seed)
     sami = SAMIConfig(
@@ -210,7 +177,9 @@ def prepare(config: TrainingConfig, device: torch.device) -> Prepared:
             "weights": config.weights,
         },
     }
-    return Prepared(task=task, train=train_config, settings=settings)
+    init = config.init
+    begin = (lambda: None) if init is None else lambda: load_weights(task.model, init)
+    return Prepared(task=task, train=train_config, settings=settings, begin=begin)
 
 
 def _samples(config: TrainingConfig) -> tuple[Samples, Cache | None]:
@@ -275,11 +244,3 @@ def _targets(
 
 def _for_evaluation(config: LoaderConfig) -> LoaderConfig:
     return replace(config, batch_size=1, micro_batches=1)
-
-
-def _accumulate(batch_size: int, world: int, limit: int) -> int:
-    """The fewest micro-batches that keep a process's share within `limit` images and cut it evenly."""
-    if batch_size % world:
-        raise SamiCacheError(f"--batch-size {batch_size} is no multiple of the {world} processes.")
-    share = batch_size // world
-    return next(parts for parts in range(math.ceil(share / limit), share + 1) if share % parts == 0)

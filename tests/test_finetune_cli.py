@@ -11,14 +11,14 @@ from test_promptable import write_pictures
 from typer.testing import CliRunner
 
 from cli.main import app
-from pipelines.finetune import PromptableTrainingConfig, finetune_promptable, prepare, start_model
+from pipelines.finetune_promptable import PromptableTrainingConfig, finetune_promptable, prepare, start_model
 from pipelines.promptable import open_promptable
 from sami_cache.checkpoints import save_checkpoint
 from sami_cache.data.images import decode_image, encode_jpeg
 from sami_cache.data.sources import open_source
 from sami_cache.errors import IdentityError, SamiCacheError
 from sami_cache.models.segment_anything import SegmentAnything, SegmentAnythingConfig
-from sami_cache.models.segment_anything_weights import save_segment_anything
+from sami_cache.models.segment_anything_weights import load_segment_anything, save_segment_anything
 from sami_cache.models.students import create_encoder
 from sami_cache.store.cache import Cache, choose_layout
 from sami_cache.store.commits import OK, Sample
@@ -33,7 +33,8 @@ SMALL = {"image_size": 64, "depth": 1, "steps": 2, "batch_size": 2, "device": "c
 
 
 def config(run, annotated=None, **changes) -> PromptableTrainingConfig:
-    fields = SMALL | {"error_points": 1, "mask_rounds": 1, "run": run}
+    rounds = {} if "from_cache" in changes else {"error_points": 1, "mask_rounds": 1}
+    fields = SMALL | {"run": run} | rounds
     if annotated is not None:
         fields |= {"data": annotated / "instances.json", "images": annotated}
     return PromptableTrainingConfig(**(fields | changes))
@@ -137,17 +138,52 @@ def test_the_command_trains_and_its_run_opens(data, tmp_path):
     assert torch.equal(other.image_encoder.state_dict()["neck.0.weight"], model.image_encoder.state_dict()["neck.0.weight"])
 
 
-def test_a_run_resumes(data, tmp_path):
-    whole = finetune_promptable(config(tmp_path / "whole", data, steps=2, checkpoint_every=1))
-    assert whole["step"] == 2
-    again = finetune_promptable(config(tmp_path / "whole", data, steps=2, checkpoint_every=1, resume=True))
-    assert again["loss"] == whole["loss"]
+@pytest.mark.parametrize("kind", ["prompts", "cache"])
+def test_a_run_resumes_to_the_same_weights(data, cache, tmp_path, kind):
+    from_what = {"from_cache": cache[0].path} if kind == "cache" else {"annotated": data}
+    options = {"steps": 3, "checkpoint_every": 1, "log_every": 1, **from_what}
+    finetune_promptable(config(tmp_path / "whole", **options))
+
+    def pull_the_plug(line):
+        if line["step"] == 2:
+            raise RuntimeError("pulled the plug")
+
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        finetune_promptable(config(tmp_path / "part", **options), pull_the_plug)
+    steps = []
+    finetune_promptable(config(tmp_path / "part", **options, resume=True), lambda line: steps.append(line["step"]))
+    assert steps == [2, 3]
+    whole, part = (open_promptable(tmp_path / name).state_dict() for name in ("whole", "part"))
+    assert all(torch.equal(value, part[name]) for name, value in whole.items())
+
+
+def test_a_run_is_exported_and_read_back(data, tmp_path):
+    options = {"family": "efficientsam", "mask_rounds": 0}
+    finetune_promptable(config(tmp_path / "run", data, steps=1, image_size=96, **options))
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    path = tmp_path / "run" / "efficientsam_vit_t.pt"
+    assert f"{path}: " in result.output.replace("\n", "")
+    model, run = load_segment_anything(path), open_promptable(tmp_path / "run")
+    assert model.config == run.config
+    assert model.config.image_size == 96
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in run.state_dict().items())
+    assert start_model(config(tmp_path / "none", init=tmp_path / "run", image_size=None, **options)).config.image_size == 96
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "run")])
+    assert result.exit_code == 1
+    assert "nothing was overwritten" in str(result.exception)
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--out", "x.bin"])
+    assert "ends in .pt or .pth" in str(result.exception)
+
+
+def test_other_settings_do_not_resume(data, tmp_path):
+    finetune_promptable(config(tmp_path / "run", data, steps=1))
     with pytest.raises(IdentityError, match=r"rounds\.error_points: 1 in the run, 2 now"):
-        finetune_promptable(config(tmp_path / "whole", data, error_points=2, resume=True))
+        finetune_promptable(config(tmp_path / "run", data, steps=1, error_points=2, resume=True))
 
 
 def test_the_published_recipe_is_the_default(data, tmp_path):
-    chosen = {"error_points": None, "mask_rounds": None, "steps": None, "batch_size": None}
+    chosen = {"error_points": None, "mask_rounds": None, "steps": None, "batch_size": 128}
     prepared = prepare(config(tmp_path / "run", data, **chosen), CPU)
     assert prepared.settings["rounds"] == {"error_points": 8, "mask_rounds": 2}
     assert (prepared.train.steps, prepared.train.batch_size) == (5, 3)  # five epochs of all there is

@@ -1,8 +1,11 @@
 """Weights of whole promptable models: Meta's, Hugging Face's and EfficientSAM's files, and those of our own runs."""
 
 import re
+import zipfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -38,11 +41,13 @@ def load_segment_anything(path: str | Path, *, image_size: int | None = None) ->
     """A whole model from a file or folder, on the CPU, in evaluation mode.
 
     Official EfficientSAM (`{"model": ...}`), Meta's SAM, Hugging Face's `SamModel`, or what `save_segment_anything` wrote;
-    which of them is read off the names and shapes. `image_size` is for students at another resolution than 1024, which their
-    weights do not tell. Raises SamiCacheError where it is none of these or does not fit.
+    which of them is read off the names and shapes. `image_size` is for others' students at another resolution than 1024, which
+    their weights do not tell. Raises SamiCacheError where it is none of these or does not fit.
     """
     state = segment_anything_state(read_state(Path(path)))
     config = config_of(state, str(path))
+    if image_size is None:
+        image_size = _saved_image_size(Path(path))
     model = SegmentAnything(config if image_size is None else replace(config, image_size=image_size))
     load_strictly(model, state, str(path))
     return model.eval()
@@ -71,15 +76,25 @@ def load_student(model: SegmentAnything, state: State, source: str) -> None:
     load_strictly(encoder, {name: state[name] for name in wanted} | neck, source)
 
 
-def save_segment_anything(model: SegmentAnything, path: Path) -> None:
-    """Write all weights as `{"model": ...}` by `torch.save`, float32: for family efficientsam the official layout.
+def save_segment_anything(model: SegmentAnything, path: Path | IO[bytes]) -> None:
+    """Write all weights as `{"model": ..., "image_size": S}` by `torch.save`, float32: family efficientsam's official layout.
 
-    A student under SAM's decoder has the same names for its encoder and Meta's for the rest.
+    A student under SAM's decoder has the same names for its encoder and Meta's for the rest. Official loaders take "model";
+    the size is for ours, since no weight of a student tells it.
     """
     state = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in model.state_dict().items()}
     if model.config.encoder in SAM_ENCODERS:  # back to Meta's
         state = {re.sub(r"^(image_encoder\..*\.mlp)\.fc", r"\1.lin", name): value for name, value in state.items()}
-    torch.save({"model": state}, path)
+    torch.save({"model": state, "image_size": model.config.image_size}, path)
+
+
+def _saved_image_size(path: Path) -> int | None:
+    """What `save_segment_anything` put beside the weights; of files of others None. The file has been read, so it is sound."""
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return None
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    size = content.get("image_size") if isinstance(content, Mapping) else None
+    return size if isinstance(size, int) else None
 
 
 def segment_anything_state(state: State) -> State:

@@ -1,15 +1,16 @@
-"""Fine-tuning a pretrained student: so far, to segment anything from prompts."""
+"""Fine-tuning a pretrained student to segment anything from prompts."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from pipelines.promptable import open_promptable
 from pipelines.recipes import EFFICIENTSAM_SA1B
+from pipelines.running import Prepared, RunOptions, run_task, step_options, train_config
 from pipelines.starts import open_start
 from sami_cache.data.annotations import open_annotations
 from sami_cache.data.sources import open_source
@@ -17,25 +18,21 @@ from sami_cache.errors import SamiCacheError
 from sami_cache.models.segment_anything import Family, SegmentAnything, SegmentAnythingConfig
 from sami_cache.models.segment_anything_weights import load_decoder, load_student
 from sami_cache.order import split_held_out
-from sami_cache.processes import GRACE, StopSignal, distributed, rank_and_world
+from sami_cache.processes import rank_and_world
 from sami_cache.prompts import PromptConfig, first_prompts, learnable
 from sami_cache.steps import PictureSteps
 from sami_cache.store.cache import Cache
 from sami_cache.tasks.neck import EncoderOf, NeckSamples, NeckTask
 from sami_cache.tasks.promptable import PromptableTask, RoundsConfig, trained
-from sami_cache.training import TrainConfig, Trainer
 
-# A quarter of the published batch on a large GPU, one picture where memory is small; the gradient is the same.
+# 64 objects a picture, and 11 rounds, whose activations are computed again.
 MICRO_BATCH = {"cuda": 8, "cpu": 2}
-# They say where things are, not what is computed.
-FREE_FIELDS = ("places",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptableTrainingConfig:
+class PromptableTrainingConfig(RunOptions):
     """A fine-tuning run. None means: decided from what is given and the recipe; the resolved values are saved with the run."""
 
-    run: Path
     data: Path | None = None
     """Annotations to train on: a COCO-format JSON or a folder of SA-1B. With `from_cache`: the images it was made from."""
     images: Path | None = None
@@ -55,7 +52,8 @@ class PromptableTrainingConfig:
     """By default that of `init`, else sam."""
     student: str | None = None
     """By default that of `init`, else vit_t."""
-    image_size: int = EFFICIENTSAM_SA1B.image_size
+    image_size: int | None = None
+    """By default that of `init`, else 1024."""
     depth: int | None = None
     """Blocks of a student from scratch; for tests."""
     prompts: PromptConfig = field(default_factory=PromptConfig)
@@ -64,39 +62,12 @@ class PromptableTrainingConfig:
     mask_rounds: int | None = None
     """Default: 2, family efficientsam 0."""
     epochs: float = EFFICIENTSAM_SA1B.epochs
-    steps: int | None = None
-    """Instead of epochs."""
-    warmup_steps: int = 0
-    batch_size: int | None = None
-    """Pictures a step. Default: 128, or all there are if fewer."""
-    micro_batch: int | None = None
-    """Pictures a process sees at once, an upper limit."""
+    batch_size: int = EFFICIENTSAM_SA1B.batch_size
     lr: float = EFFICIENTSAM_SA1B.lr
     weight_decay: float = EFFICIENTSAM_SA1B.weight_decay
-    clip_grad: float | None = None
-    holdout: float = 0.02
-    """With `from_cache`: share of the images that are only evaluated on."""
-    seed: int = 0
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: str = "auto"
-    workers: int | None = None
-    log_every: int | None = None
-    checkpoint_every: int | None = None
-    evaluate_every: int | None = None
-    grace: float = GRACE
-    data_timeout: float = 60.0
-    """Seconds without a picture after which the run stops with an error."""
-    resume: bool = False
-
-
-@dataclass(kw_only=True)
-class Prepared:
-    """A run that is ready to start."""
-
-    task: PromptableTask | NeckTask
-    train: TrainConfig
-    settings: dict[str, Any]
-    """What is saved with the run, `train` left out."""
+    betas: tuple[float, float] = EFFICIENTSAM_SA1B.betas
+    holdout: float | None = None
+    """With `from_cache`: share of the images that are only evaluated on; None: 0.02."""
 
 
 def finetune_promptable(
@@ -105,23 +76,7 @@ def finetune_promptable(
     on_start: Callable[[Prepared], None] = lambda prepared: None,
 ) -> dict[str, Any]:
     """Run or continue a fine-tuning; returns the last line of its log. `pipelines.promptable.open_promptable` opens the run."""
-    nothing_yet = "interrupted outside of training; the same command starts, or with --resume goes on."
-    with StopSignal(lambda: nothing_yet), distributed(config.device) as device:
-        prepared = prepare(config, device)
-        trainer = Trainer(
-            prepared.task,
-            prepared.train,
-            config.run,
-            device,
-            resume=config.resume,
-            settings=prepared.settings,
-            free_fields=FREE_FIELDS,
-            on_log=on_log,
-            grace=config.grace,
-        )
-        if rank_and_world()[0] == 0:
-            on_start(prepared)
-        return trainer.fit()
+    return run_task(config, lambda device: prepare(config, device), on_log, on_start)
 
 
 def prepare(config: PromptableTrainingConfig, device: torch.device) -> Prepared:
@@ -133,7 +88,7 @@ def prepare(config: PromptableTrainingConfig, device: torch.device) -> Prepared:
 
 def start_model(config: PromptableTrainingConfig) -> SegmentAnything:
     """The model with the weights that `init` and `decoder` give. Raises SamiCacheError where they do not fit."""
-    family, student, size = config.family, config.student, config.image_size
+    family, student, size = config.family, config.student, config.image_size or EFFICIENTSAM_SA1B.image_size
     if config.init is None:
         new = SegmentAnythingConfig(family=family or "sam", encoder=student or "vit_t", image_size=size)
         model = SegmentAnything(new if config.depth is None else replace(new, depth=config.depth))
@@ -146,6 +101,7 @@ def start_model(config: PromptableTrainingConfig) -> SegmentAnything:
         load_student(model, start.state, start.source)
     else:
         found = open_promptable(config.init)
+        size = config.image_size or found.config.image_size
         if student and student != found.config.encoder:
             raise SamiCacheError(f"--student {student}: {config.init} has a {found.config.encoder}")
         same = family is None or family == found.config.family
@@ -166,6 +122,8 @@ def start_model(config: PromptableTrainingConfig) -> SegmentAnything:
 
 
 def _prepare_prompts(config: PromptableTrainingConfig, model: SegmentAnything, device: torch.device) -> Prepared:
+    if config.holdout is not None:
+        raise SamiCacheError("--holdout goes with --from-cache; here --val says what to evaluate on")
     if config.data is None:
         raise SamiCacheError("there is nothing to train on: give --data (COCO-format JSON or SA-1B folder), or --from-cache")
     annotations = open_annotations(config.data, config.images)
@@ -182,11 +140,13 @@ def _prepare_prompts(config: PromptableTrainingConfig, model: SegmentAnything, d
     if config.freeze_decoder:
         own.prompt_encoder.requires_grad_(False)
         own.mask_decoder.requires_grad_(False)
-    train = _train_config(config, len(annotations), device, evaluates=held_out is not None)
+    train = train_config(
+        config, len(annotations), device, micro_batch=MICRO_BATCH, evaluates=held_out is not None, schedule="linear"
+    )
     steps = PictureSteps(
         len(annotations),
         first_prompts(annotations, own, config.prompts, config.seed, rounds.error_points),
-        **_step_options(config, train),
+        **step_options(config, train),
     )
     rank, world = rank_and_world()
     numbers = range(rank, len(held_out) if held_out else 0, world)
@@ -202,21 +162,25 @@ def _prepare_prompts(config: PromptableTrainingConfig, model: SegmentAnything, d
 
 def _prepare_neck(config: PromptableTrainingConfig, model: SegmentAnything, device: torch.device) -> Prepared:
     assert config.from_cache is not None
+    idle = ("images", "val", "val_images", "error_points", "mask_rounds")
+    if given := [f"--{name.replace('_', '-')}" for name in idle if getattr(config, name) is not None]:
+        raise SamiCacheError(f"{', '.join(given)}: not with --from-cache, which takes no prompts and evaluates on --holdout")
+    holdout = 0.02 if config.holdout is None else config.holdout
     cache = Cache(config.from_cache)
     own = EncoderOf(model.config)
     own.load_state_dict(model.state_dict())
     samples = NeckSamples(cache, open_source(config.data) if config.data else None, own)
-    chosen, held = map(np.flatnonzero, split_held_out(samples.samples.keys, samples.samples.usable, config.holdout))
+    chosen, held = map(np.flatnonzero, split_held_out(samples.samples.keys, samples.samples.usable, holdout))
     if not len(chosen):
         raise SamiCacheError("there is no image left to train on: extract more, or lower --holdout.")
-    train = _train_config(config, len(chosen), device, evaluates=bool(len(held)))
-    steps = PictureSteps(len(chosen), samples.make(chosen), **_step_options(config, train))
+    train = train_config(config, len(chosen), device, micro_batch=MICRO_BATCH, evaluates=bool(len(held)), schedule="linear")
+    steps = PictureSteps(len(chosen), samples.make(chosen), **step_options(config, train))
     rank, world = rank_and_world()
     task = NeckTask(own, samples, steps, held_out=held[rank::world], device=device)
     settings = _settings(config, own, steps.steps_per_epoch) | {
         "from_cache": {"cache_id": cache.cache_id, "identity": cache.identity},
         "pixels": "originals" if config.data else "the cache's JPEGs",
-        "holdout": config.holdout,
+        "holdout": holdout,
         "pictures": {"train": len(chosen), "held_out": len(held)},
     }
     return Prepared(task=task, train=train, settings=settings)
@@ -228,44 +192,4 @@ def _settings(config: PromptableTrainingConfig, model: SegmentAnything, steps_pe
         "segment_anything": asdict(model.config),
         "steps_per_epoch": steps_per_epoch,
         "places": {name: str(path.resolve()) for name in paths if (path := getattr(config, name)) is not None},
-    }
-
-
-def _train_config(config: PromptableTrainingConfig, count: int, device: torch.device, *, evaluates: bool) -> TrainConfig:
-    world = rank_and_world()[1]
-    batch_size = config.batch_size or max(1, min(EFFICIENTSAM_SA1B.batch_size, count) // world * world)
-    if batch_size % world:
-        raise SamiCacheError(f"--batch-size {batch_size} is no multiple of the {world} processes.")
-    share, limit = batch_size // world, config.micro_batch or MICRO_BATCH.get(device.type, 2)
-    steps_per_epoch = max(1, count // batch_size)
-    steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
-    cadence = max(steps_per_epoch, min(200, steps))
-    return TrainConfig(
-        steps=steps,
-        batch_size=batch_size,
-        lr=config.lr,
-        seed=config.seed,
-        warmup_steps=config.warmup_steps,
-        schedule="linear",
-        accumulate=next(parts for parts in range(-(-share // limit), share + 1) if share % parts == 0),
-        weight_decay=config.weight_decay,
-        betas=EFFICIENTSAM_SA1B.betas,
-        clip_grad=config.clip_grad,
-        precision=config.precision,
-        log_every=config.log_every or max(1, min(20, steps // 50)),
-        checkpoint_every=config.checkpoint_every or cadence,
-        evaluate_every=(config.evaluate_every or max(1, min(cadence, steps // 2))) if evaluates else None,
-    )
-
-
-def _step_options(config: PromptableTrainingConfig, train: TrainConfig) -> dict[str, Any]:
-    rank, world = rank_and_world()
-    return {
-        "batch_size": train.batch_size,
-        "accumulate": train.accumulate,
-        "seed": config.seed,
-        "rank": rank,
-        "world": world,
-        "threads": config.workers,
-        "timeout": config.data_timeout,
     }
