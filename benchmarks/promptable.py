@@ -1,6 +1,6 @@
 """What pretraining is worth to a promptable model that is fine-tuned on few pictures: a pretrained student against scratch.
 
-    python benchmarks/promptable.py train --annotations FILE --images DIR --student RUN --work DIR [--seeds 3] [--steps 800]
+    python benchmarks/promptable.py train --annotations FILE --images DIR --student RUN --work DIR [--seeds 3] [--steps 1200]
     python benchmarks/promptable.py report --work DIR [--plot FILE]
 
 The first 80 of the annotated pictures, by number, are trained on, the others held out. RUN is one of `sami-cache train`, or
@@ -55,6 +55,8 @@ def train(given: argparse.Namespace) -> None:
         "error_points": given.error_points,
         "mask_rounds": given.mask_rounds,
         "max_objects": given.max_objects,
+        "crop": given.crop,
+        "clip_grad": 1.0,
     }
     if results.setdefault("settings", settings) != settings:
         raise SystemExit(f"{path} has results of other settings, {results['settings']}: give another --work")
@@ -89,13 +91,16 @@ def train(given: argparse.Namespace) -> None:
                 init=given.student if arm == "taught" else None,
                 student=given.encoder,
                 image_size=given.image_size,
-                prompts=PromptConfig(max_objects=given.max_objects),
+                prompts=PromptConfig(max_objects=given.max_objects, flip=True, crop=given.crop),
                 error_points=given.error_points,
                 mask_rounds=given.mask_rounds,
                 steps=given.steps,
-                warmup_steps=given.steps // 20,
+                warmup_steps=given.steps // 12,
                 batch_size=given.batch_size,
+                micro_batch=given.batch_size,
                 lr=given.lr,
+                clip_grad=settings["clip_grad"],
+                precision=given.precision,
                 seed=seed,
                 log_every=20,
                 checkpoint_every=given.steps // 8,
@@ -173,13 +178,15 @@ def main() -> None:
     training.add_argument("--student", type=Path, required=True)
     training.add_argument("--encoder", default="vit_t", help="what RUN is")
     training.add_argument("--seeds", type=int, default=3)
-    training.add_argument("--steps", type=int, default=800)
+    training.add_argument("--steps", type=int, default=1200)
     training.add_argument("--batch-size", type=int, default=8)
-    training.add_argument("--lr", type=float, default=4e-4)
-    training.add_argument("--image-size", type=int, default=320)
-    training.add_argument("--error-points", type=int, default=2)
-    training.add_argument("--mask-rounds", type=int, default=1)
-    training.add_argument("--max-objects", type=int, default=8)
+    training.add_argument("--lr", type=float, default=3e-4)
+    training.add_argument("--crop", type=float, default=0.5)
+    training.add_argument("--precision", default="float32")
+    training.add_argument("--image-size", type=int, default=224)
+    training.add_argument("--error-points", type=int, default=0)
+    training.add_argument("--mask-rounds", type=int, default=0)
+    training.add_argument("--max-objects", type=int, default=16)
     reporting = commands.add_parser("report")
     reporting.set_defaults(run=report)
     for command in (training, reporting):

@@ -59,6 +59,10 @@ def promptable(
     weight_decay: options.WeightDecay = SA1B.weight_decay,
     clip_grad: options.ClipGrad = None,
     max_objects: Annotated[int, typer.Option(min=1, help="Of a picture in a step.")] = SA1B.max_objects,
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror every other picture. Published: no augmentation.")] = False,
+    crop: Annotated[
+        float, typer.Option(help="Cut parts out of the pictures, with sides of this share up to all. For small data: 0.5.")
+    ] = 1.0,
     error_points: Annotated[
         int | None, typer.Option(min=0, help="Rounds with a point where the last answer is wrong. Default: 8; efficientsam 4.")
     ] = None,
@@ -102,7 +106,7 @@ def promptable(
         family=family,  # type: ignore[arg-type]
         student=student,
         image_size=image_size,
-        prompts=PromptConfig(max_objects=max_objects),
+        prompts=PromptConfig(max_objects=max_objects, flip=flip, crop=crop),
         error_points=error_points,
         mask_rounds=mask_rounds,
         epochs=epochs,

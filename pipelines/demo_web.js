@@ -8,7 +8,7 @@ const $ = (id) => document.getElementById(id);
 let about = {};
 let picture = null; // {file, id, width, height, ready}
 let prompts = []; // in the order they were given: {x, y, label} or {box: [x0, y0, x1, y1]}; of several boxes the last counts
-let answer = null; // of /api/predict: {width, height, iou, masks}; of /api/everything: {width, height, labels, masks}
+let answer = null; // of /api/predict: {width, height, iou, masks, prompted}; of /api/everything: {width, height, labels, masks}
 let choice = 0;
 let drag = null; // what the pointer draws: {x, y, clientX, clientY, label, box}
 let cursor = null; // of the keyboard: {x, y, corner}
@@ -43,6 +43,7 @@ async function ask(path, more = {}) {
     if (error.status !== 410) throw error;
     await send(target);
     await post('/api/encode', { id: target.id });
+    if (path === '/api/labels') await post('/api/everything', { id: target.id }); // that was let go with it
     return post(path, { id: target.id, ...more });
   }
 }
@@ -149,22 +150,24 @@ async function predict() {
     turn = asked;
     const started = changed;
     try {
-      const found = await (await ask('/api/predict', question())).json();
+      const prompted = question();
+      const found = await (await ask('/api/predict', prompted)).json();
       if (turn !== asked) continue;
-      answer = { ...found, masks: found.runs.map((runs) => fill(runs, found.width * found.height)) };
+      answer = { ...found, prompted, masks: found.runs.map((runs) => fill(runs, found.width * found.height)) };
       choice = found.iou.indexOf(Math.max(...found.iou));
       draw();
       document.body.dataset.milliseconds = Math.round(performance.now() - started);
       tell();
     } catch (error) {
       if (turn !== asked) continue;
-      prompts.pop(); // what cannot be answered is not kept
-      asked++;
-      turn = asked;
+      if (error.status === 400) { // what cannot be answered is not kept; the server may have had other reasons
+        prompts.pop();
+        turn = ++asked;
+      }
       problem(error.message);
       draw();
     }
-  } while (turn !== asked && prompts.length);
+  } while (turn !== asked && prompts.length && picture.ready); // a new picture asks for itself once it is encoded
   predicting = false;
 }
 
@@ -217,7 +220,7 @@ async function download(path, ending, more) {
 
 function downloadMask() {
   if (answer?.labels) download('/api/labels', 'masks');
-  else if (answer) download('/api/mask', 'mask', { ...question(), choice });
+  else if (answer) download('/api/mask', 'mask', { ...answer.prompted, choice });
 }
 
 // ---- what is seen
@@ -436,7 +439,7 @@ $('undo').addEventListener('click', undo);
 $('clear').addEventListener('click', () => { answer = null; clear(); });
 $('everything').addEventListener('click', everything);
 $('download').addEventListener('click', downloadMask);
-$('cutout').addEventListener('click', () => download('/api/cutout', 'cutout', { ...question(), choice }));
+$('cutout').addEventListener('click', () => download('/api/cutout', 'cutout', { ...answer.prompted, choice }));
 $('open').addEventListener('click', () => $('file').click());
 $('empty').addEventListener('click', () => $('file').click());
 $('file').addEventListener('change', () => { open($('file').files[0]); $('file').value = ''; });

@@ -5,9 +5,10 @@ import queue
 import secrets
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,16 +62,25 @@ class Worker:
 
     def __init__(self, waiting: int) -> None:
         self._queue: queue.Queue[tuple[Future, Callable[[], Any]] | None] = queue.Queue(waiting)
+        self._urgent: deque[tuple[Future, Callable[[], Any]]] = deque()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._closed = False
         self._thread.start()
 
-    def do(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns or raises. Refused where too many wait already."""
+    def do(self, work: Callable[[], Any], *, urgent: bool = False) -> Any:
+        """What `work` returns or raises. Refused where too many wait already.
+
+        `urgent`: also in the middle of other work, where that allows for it by `do_urgent`.
+        """
         future: Future = Future()
+        item = (future, work)
+        if urgent:
+            self._urgent.append(item)
         try:
-            self._queue.put_nowait((future, work))
+            self._queue.put_nowait((Future(), self.do_urgent) if urgent else item)
         except queue.Full:
+            with suppress(ValueError):
+                self._urgent.remove(item)
             raise Refused(503, "The model has too much to do at the moment. Try again in a little while.") from None
         return future.result()
 
@@ -80,29 +90,36 @@ class Worker:
         self._queue.put(None)
         self._thread.join()
 
+    def do_urgent(self) -> None:
+        """Do all that is urgent. Called by long work, in the worker's own thread."""
+        while self._urgent:
+            self._finish(*self._urgent.popleft())
+
     def _work(self) -> None:
         while item := self._queue.get():
-            future, work = item
-            try:
-                if self._closed:
-                    raise Refused(503, "The demo was ended.")
-                future.set_result(work())
-            except BaseException as error:
-                future.set_exception(error)
-            del item, future, work  # while waiting for more, nothing of this is to be held
+            self._finish(*item)
+            del item  # while waiting for more, nothing of this is to be held
+        self.do_urgent()
+
+    def _finish(self, future: Future, work: Callable[[], Any]) -> None:
+        try:
+            if self._closed:
+                raise Refused(503, "The demo was ended.")
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
 
 
-class _Ending(SamPredictor):
-    """A predictor whose long answers end when the demo does."""
+class _Patient(SamPredictor):
+    """A predictor that calls `between` every so often in long answers."""
 
-    def __init__(self, model: SegmentAnything, ended: threading.Event) -> None:
+    def __init__(self, model: SegmentAnything, between: Callable[[], None]) -> None:
         super().__init__(model)
-        self._ended = ended
+        self._between = between
 
     def decode(self, *prompts: Any, **options: Any) -> Iterator[Masks]:
         for part in super().decode(*prompts, **options):
-            if self._ended.is_set():
-                raise Refused(503, "The demo was ended.")
+            self._between()
             yield part
 
 
@@ -188,7 +205,7 @@ class Pictures:
                 picture.seconds = time.perf_counter() - started
                 picture.predictor = predictor
 
-        self._encoder.do(work)
+        self._encoder.do(work, urgent=True)
         return picture.seconds
 
     def predict(self, key: object, prompts: dict[str, Any]) -> dict[str, Any]:
@@ -214,8 +231,9 @@ class Pictures:
         picture = self.get(key)
         mask = self._chosen(picture, prompts)
         with self._decoding:
-            colours = picture.pixels() * mask[..., None]  # what is not seen is not in the file either
-            return _png(Image.fromarray(np.dstack([colours, mask * np.uint8(255)])))
+            pixels = picture.pixels()
+        colours = pixels * mask[..., None]  # what is not seen is not in the file either
+        return _png(Image.fromarray(np.dstack([colours, mask * np.uint8(255)])))
 
     def everything(self, key: object) -> dict[str, Any]:
         """All masks, large below small, as runs of their numbers, with the seconds it took."""
@@ -226,7 +244,7 @@ class Pictures:
             started = time.perf_counter()
             with self._decoding:
                 image = Image.fromarray(picture.pixels()).resize((width, height), Image.Resampling.BILINEAR)
-            found = MaskGenerator(_Ending(self.model, self._ended), self.config).generate(np.asarray(image))
+            found = MaskGenerator(_Patient(self.model, self._let_others), self.config).generate(np.asarray(image))
             labels = np.zeros((height, width), np.uint16)
             for number, mask in enumerate(sorted(found, key=lambda mask: -mask["area"]), 1):
                 labels[decode_mask(mask["segmentation"])] = number
@@ -235,6 +253,12 @@ class Pictures:
         labels, count, seconds = self._encoder.do(work)
         picture.labels = labels
         return {"width": width, "height": height, "runs": runs(labels), "masks": count, "seconds": seconds}
+
+    def _let_others(self) -> None:
+        """In the middle of everything mode: who opens a picture does not wait for it, and the demo may end."""
+        if self._ended.is_set():
+            raise Refused(503, "The demo was ended.")
+        self._encoder.do_urgent()
 
     def labels(self, key: object) -> bytes:
         """The last answer of everything mode, of the picture's size: a PNG in colours, whose values are the masks' numbers.
@@ -256,8 +280,10 @@ class Pictures:
         scale = min(1.0, self.limits.side / max(picture.width, picture.height))
         return max(1, round(picture.height * scale)), max(1, round(picture.width * scale))
 
-    def _masks(self, picture: Picture, prompts: dict[str, Any], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """bool [3, height, width] and the model's estimates of their IoU [3]."""
+    def _masks(
+        self, picture: Picture, prompts: dict[str, Any], height: int, width: int, chosen: slice = slice(None)
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The `chosen` of three masks, bool [M, height, width], and the model's estimates of all their IoU [3]."""
         points, labels, box = (prompts.get(name) for name in ("points", "labels", "box"))
         predictor = picture.predictor
         if predictor is None:
@@ -269,7 +295,7 @@ class Pictures:
             queries = (None if not value else [value] for value in (points, labels, box))
             with torch.no_grad():
                 answer = next(iter(predictor.decode(*queries)))
-                masks = self.model.to_picture(answer.logits, height, width)[0] > 0
+                masks = self.model.to_picture(answer.logits[:, chosen], height, width)[0] > 0
             return masks.cpu().numpy(), answer.iou[0].float().cpu().numpy()
 
         return self._decoder.do(work)
@@ -278,7 +304,8 @@ class Pictures:
         choice = prompts.get("choice")
         if choice not in (0, 1, 2):
             raise SamiCacheError(f"choice is {choice!r}: expected 0, 1 or 2")
-        return self._masks(picture, prompts, picture.height, picture.width)[0][int(choice)]
+        only = slice(int(choice), int(choice) + 1)  # at 40 megapixels each takes 160 MB on its way
+        return self._masks(picture, prompts, picture.height, picture.width, only)[0][0]
 
 
 def runs(values: np.ndarray) -> list[int]:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pipelines.demo_web_pictures import Pictures, Refused
 from sami_cache.errors import SamiCacheError, one_line
@@ -62,7 +62,9 @@ class DemoServer(ThreadingHTTPServer):
         super().__init__((host, port), Handler)
 
     def server_bind(self) -> None:
-        # Without the base class's look-up of the host's full name, which asks the network.
+        # Without the base class's look-up of the host's full name, which asks the network. What was closed a moment ago
+        # keeps the port for a minute, and Ctrl-C and the same command again is what people do.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.host, self.server_address[1]
@@ -129,9 +131,9 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def _answer(self, find: Callable[[str], tuple[bytes, str]]) -> None:
-        path = urlsplit(self.path).path
         status = 200
         try:
+            path = _split(self.path).path
             self._check_caller(path)
             body, kind = find(path)
         except SamiCacheError as error:
@@ -156,7 +158,7 @@ class Handler(BaseHTTPRequestHandler):
         if not self.server.is_called(host):
             raise Refused(403, f"{one_line(host, 100)} is no name of this server. Open {self.server.url} instead.")
         origin = self.headers.get("Origin")
-        if origin is not None and (origin == "null" or urlsplit(origin).netloc.lower() != str(host).lower()):
+        if origin is not None and (origin == "null" or _split(origin).netloc.lower() != str(host).lower()):
             raise Refused(403, "Pages of other sites may not ask this server.")
         # Absent for programs. To follow a link to the page is no harm.
         if path.startswith("/api/") and self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
@@ -232,6 +234,13 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.shutdown(socket.SHUT_WR)
         while left > 0 and (chunk := self.connection.recv(1 << 16)):
             left -= len(chunk)
+
+
+def _split(address: str) -> SplitResult:
+    try:
+        return urlsplit(address)
+    except ValueError as error:
+        raise Refused(400, f"{one_line(address, 100)} is no address.") from error
 
 
 def _json(value: Any) -> bytes:

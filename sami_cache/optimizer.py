@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sami_cache.errors import IdentityError
 
-UNDECAYED = ("cls_token", "mask_token", "pos_embed")
+UNDECAYED = ("cls_token", "mask_token", "pos_embed", "rel_pos_h", "rel_pos_w")
 
 
 class NamedAdamW(torch.optim.AdamW):
@@ -26,10 +26,12 @@ class NamedAdamW(torch.optim.AdamW):
         weight_decay: float,
         lr_scale: Callable[[str], float] = lambda name: 1.0,
     ):
+        tokens = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         chosen: dict[tuple[bool, float], list[str]] = {}
         for name, parameter in trained.items():
-            chosen.setdefault((not _decays(name, parameter), lr_scale(name)), []).append(name)
+            spared = id(parameter) in tokens or not _decays(name, parameter)
+            chosen.setdefault((spared, lr_scale(name)), []).append(name)
         groups: list[dict[str, Any]] = [
             {"params": [trained[name] for name in names], "weight_decay": 0.0 if spared else weight_decay, "lr_scale": scale}
             for (spared, scale), names in sorted(chosen.items())

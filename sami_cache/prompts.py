@@ -33,12 +33,18 @@ class PromptConfig:
     """Standard deviation of every side of a box, as a share of the box's width or height."""
     box_noise_limit: float = 20.0
     """Pixels of the model's input."""
+    flip: bool = False
+    """Mirror every other picture. Published: no augmentation, on eleven million pictures; few pictures need it."""
+    crop: float = 1.0
+    """Cut out of a picture a part with sides of this share up to all, each drawn for itself; 1: the whole picture."""
 
     def __post_init__(self) -> None:
         if self.max_objects < 1 or not 0 < self.max_area <= 1:
             raise SamiCacheError(f"max_objects is {self.max_objects} and max_area {self.max_area}: expected 1 or more, 0 to 1")
         if not 0 <= self.box_share <= 1 or self.box_noise < 0 or self.box_noise_limit < 0:
             raise SamiCacheError("expected a box_share from 0 to 1, box_noise and box_noise_limit of 0 or more")
+        if not 0 < self.crop <= 1:
+            raise SamiCacheError(f"crop is {self.crop}: expected above 0, up to 1")
 
 
 class Prompted(NamedTuple):
@@ -72,12 +78,14 @@ def first_prompts(
         if len(chosen) > config.max_objects:
             chosen = [chosen[index] for index in np.sort(rng.permutation(len(chosen))[: config.max_objects])]
         image = annotations.read_image(number)
+        augment = augmentation(*image.shape[:2], config, rng)
+        image = np.ascontiguousarray(augment(image))
         height, width = image.shape[:2]
         rows, columns = model.covered(height, width)
         cells = model.config.image_size // 4
         targets, points, labels = [], [], []
         for found in chosen:
-            mask = found.mask()
+            mask = augment(found.mask())
             target = to_cells(mask, (rows, columns), cells)
             if not target.any():  # less than half of any cell: nothing that the loss could see
                 continue
@@ -104,6 +112,19 @@ def first_prompts(
         )
 
     return make
+
+
+def augmentation(height: int, width: int, config: PromptConfig, rng: np.random.Generator) -> Callable[[np.ndarray], np.ndarray]:
+    """What is done to a picture [H, W, ...] and its masks alike, a view of them. Draws nothing where nothing is to be done."""
+    crop, flip = (slice(None), slice(None)), False
+    if config.crop < 1:
+        shares = rng.uniform(config.crop, 1, 2)
+        rows, columns = max(1, round(height * shares[0])), max(1, round(width * shares[1]))
+        top, left = rng.integers(height - rows + 1), rng.integers(width - columns + 1)
+        crop = slice(top, top + rows), slice(left, left + columns)
+    if config.flip:
+        flip = bool(rng.integers(2))
+    return lambda values: values[crop][:, ::-1] if flip else values[crop]
 
 
 def collate(pictures: list[Prompted]) -> Prompted:

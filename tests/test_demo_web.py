@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -288,6 +289,42 @@ def test_one_encoder_runs_at_a_time_and_few_wait(model, monkeypatch):
     waiting.join(10)
 
 
+def test_who_opens_a_picture_does_not_wait_for_everything(model, monkeypatch):
+    pictures = Pictures(model, LIMITS, EVERYTHING)
+    first, second = (pictures.add(png(coffee(40 + n, 40))).id for n in range(2))
+    decode, begun, gate, order = SamPredictor.decode, threading.Event(), threading.Event(), []
+
+    def slow(self, *prompts, **options):
+        for part in decode(self, *prompts, **options):
+            begun.set()
+            assert gate.wait(20)
+            yield part
+
+    monkeypatch.setattr(SamPredictor, "decode", slow)
+    everything = threading.Thread(target=lambda: (pictures.everything(first), order.append("everything")))
+    everything.start()
+    assert begun.wait(20)
+    encoding = threading.Thread(target=lambda: (pictures.encode(second), order.append("encode")))
+    encoding.start()
+    while not pictures._encoder._urgent:
+        time.sleep(0.001)
+    gate.set()
+    encoding.join(20)
+    everything.join(20)
+    assert order == ["encode", "everything"]
+    pictures.close()
+
+
+def test_a_port_is_free_again_at_once(model):
+    with DemoServer(Pictures(model, LIMITS, EVERYTHING), "127.0.0.1", 0, "tiny") as first:
+        threading.Thread(target=first.serve_forever, daemon=True).start()
+        assert call(first, "/api/about")[0] == 200
+        port = first.server_port
+        first.shutdown()
+    with DemoServer(Pictures(model, LIMITS, EVERYTHING), "127.0.0.1", port, "tiny") as again:
+        assert again.server_port == port
+
+
 def test_ctrl_c_ends_it_also_in_the_middle_of_everything(tmp_path):
     torch.manual_seed(0)
     tiny = SegmentAnything(SegmentAnythingConfig(encoder="vit_t", depth=1))
@@ -300,9 +337,13 @@ def test_ctrl_c_ends_it_also_in_the_middle_of_everything(tmp_path):
             assert found
             there = SimpleNamespace(server_port=int(found[1]))
             key = ask(there, "/api/picture", png(coffee()))["id"]
-            answers = []
-            # 256 queries at 1024 px: many seconds.
-            asking = threading.Thread(target=lambda: answers.append(call(there, "/api/everything", {"id": key})), daemon=True)
+
+            # 256 queries at 1024 px: many seconds. The connection is gone before they are answered.
+            def ask_everything() -> None:
+                with suppress(http.client.HTTPException, OSError):
+                    call(there, "/api/everything", {"id": key})
+
+            asking = threading.Thread(target=ask_everything, daemon=True)
             asking.start()
             time.sleep(1)
             assert asking.is_alive()
@@ -480,6 +521,37 @@ def test_clicks_boxes_undo_and_downloads(page, tmp_path):
     assert int(page.alpha().sum()) > int(before.sum())
     page.page.click("#clear")
     page.shows(np.zeros((1, 1), bool))
+
+
+def test_clicks_before_the_picture_is_encoded_are_answered_then(page, monkeypatch):
+    from playwright.sync_api import expect
+
+    gate, encode = threading.Event(), SegmentAnything.encode
+    monkeypatch.setattr(SegmentAnything, "encode", lambda self, pixels: (gate.wait(20), encode(self, pixels))[1])
+    ready_to_click = page.page.locator("#busy")
+    drop(page, png(page.image))
+    expect(ready_to_click).to_contain_text("Encoding")
+    page.page.mouse.click(*page.at(100, 60))
+    expect(page.page.locator("#state")).to_contain_text("as soon as the picture is encoded")
+    assert [each for each in page.requests if each.url.endswith("/api/predict")] == []
+    gate.set()
+    page.shows_prediction([[100, 60]], [1])
+
+
+def test_what_the_server_let_go_is_sent_again(page, server, tmp_path):
+    from playwright.sync_api import expect
+
+    ready(page)
+    page.page.click("#everything")
+    expect(page.page.locator("#state")).to_contain_text("masks in")
+    shown = page.alpha() > 0
+    for number in range(LIMITS.pictures):  # others come, and the page's goes
+        ask(server, "/api/picture", png(coffee(30 + number, 20)))
+    with page.page.expect_download() as download:
+        page.page.click("#download")
+    download.value.save_as(tmp_path / "masks.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "masks.png")) > 0, shown)
+    page.errors.clear()  # the browser reports every answer 410
 
 
 def test_keys_do_what_the_mouse_does(page):

@@ -11,7 +11,7 @@ from sami_cache.data.annotations import open_annotations
 from sami_cache.errors import SamiCacheError
 from sami_cache.mask_losses import iou_loss, mask_iou, mask_loss
 from sami_cache.models.segment_anything import SegmentAnythingConfig
-from sami_cache.prompts import PromptConfig, collate, first_prompts, noisy_box, point_inside, tight_box, to_cells
+from sami_cache.prompts import PromptConfig, augmentation, collate, first_prompts, noisy_box, point_inside, tight_box, to_cells
 from sami_cache.steps import PictureSteps, prepared
 from sami_cache.tasks.promptable import PromptableTask, RoundsConfig, TrainedSegmentAnything, error_points
 from sami_cache.training import TrainConfig, Trainer
@@ -232,6 +232,35 @@ def test_first_prompts_follow_seed_epoch_and_picture(tmp_path):
     batch = collate([few(0, 0), make(0, 1)])
     assert batch.real.tolist() == [[True, False], [True, True]]
     assert batch.labels[0, 1].tolist() == [-1, -1]
+
+
+def test_pictures_and_masks_are_cut_and_mirrored_alike(tmp_path):
+    annotations = open_annotations(write_pictures(tmp_path), tmp_path)
+    image, mask = annotations.read_image(0), annotations.objects(0)[0].mask()
+    rng, config = np.random.default_rng(0), PromptConfig(flip=True, crop=0.4)
+    # The mask as a colour of its own: wherever the picture goes, it goes.
+    marked = np.concatenate([image, mask[..., None] * np.uint8(255)], axis=2)
+    shapes, mirrored = set(), 0
+    for _ in range(40):
+        augment = augmentation(*mask.shape, config, rng)
+        both, alone = augment(marked), augment(mask)
+        assert np.array_equal(both[..., 3] > 0, alone)
+        assert min(alone.shape[0] / mask.shape[0], alone.shape[1] / mask.shape[1]) >= 0.4 - 1 / min(mask.shape)
+        shapes.add(alone.shape)
+        mirrored += alone.strides[1] < 0
+    assert len(shapes) > 20
+    assert 10 < mirrored < 30
+    plain = augmentation(*mask.shape, PromptConfig(), np.random.default_rng(0))
+    assert np.array_equal(plain(image), image)
+    # Through the whole: what is asked lies in what is left.
+    make = first_prompts(annotations, tiny(), config, 0)
+    for epoch in range(12):
+        found = make(epoch, 0)
+        assert found.targets.any((1, 2)).all()
+        for point, labels, target in zip(found.points, found.labels, found.targets, strict=True):
+            if labels[0] == 1:
+                column, row = (point[0] / 4).long().tolist()
+                assert target[max(0, row - 1) : row + 2, max(0, column - 1) : column + 2].any()
 
 
 @pytest.mark.parametrize("family", ["sam", "efficientsam"])
