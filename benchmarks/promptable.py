@@ -4,7 +4,11 @@
     python benchmarks/promptable.py report --work DIR [--plot FILE]
 
 The first 80 of the annotated pictures, by number, are trained on, the others held out. RUN is one of `sami-cache train`, or
-what `sami-cache export` wrote. Both arms run `sami-cache finetune promptable` with the same settings; within a seed they share
+what `sami-cache export` wrote.
+
+A decoder from scratch answers "nothing" for hundreds of steps before it knows what a prompt is. So that 80 pictures are not
+spent on that, both arms start from the same decoder, which has learnt prompts from drawn shapes and has seen no photograph.
+Both arms run `sami-cache finetune promptable` with the same settings; within a seed they share
 the decoder's initialisation, the order of pictures and the first prompts, and differ in the encoder's start alone. The baseline
 needs no model: the box itself as the mask. A run that is finished is not made again, one that was stopped goes on.
 """
@@ -16,7 +20,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image, ImageDraw
+
 from pipelines.evaluate import EvaluationConfig, evaluate
+from pipelines.export import export_promptable
 from pipelines.finetune_promptable import PromptableTrainingConfig, finetune_promptable
 from sami_cache.inference.protocols import PROTOCOLS
 from sami_cache.prompts import PromptConfig
@@ -61,6 +69,8 @@ def train(given: argparse.Namespace) -> None:
     if results.setdefault("settings", settings) != settings:
         raise SystemExit(f"{path} has results of other settings, {results['settings']}: give another --work")
 
+    decoder = learn_shapes(given.work / "shapes", given.shape_steps, given.precision)
+
     def measure(model: Path | None, out: str) -> dict[str, float]:
         found = {}
         for protocol, prompts in EVALUATED.items():
@@ -89,6 +99,7 @@ def train(given: argparse.Namespace) -> None:
                 images=given.images,
                 val=parts["heldout"],
                 init=given.student if arm == "taught" else None,
+                decoder=decoder,
                 student=given.encoder,
                 image_size=given.image_size,
                 prompts=PromptConfig(max_objects=given.max_objects, flip=True, crop=given.crop),
@@ -115,6 +126,84 @@ def train(given: argparse.Namespace) -> None:
             path.write_text(json.dumps(results, indent=1))
     path.write_text(json.dumps(results, indent=1))
     report(given)
+
+
+def learn_shapes(folder: Path, steps: int, precision: Any, size: int = 128) -> Path:
+    """A decoder that knows what points and boxes ask for: trained with a shallow encoder on drawn shapes. Its file."""
+    file = folder / "decoder.pt"
+    if not file.exists():
+        draw_shapes(folder / "pictures", size)
+        config = PromptableTrainingConfig(
+            run=folder / "run",
+            data=folder / "pictures" / "instances.json",
+            images=folder / "pictures",
+            student="vit_t",
+            depth=2,
+            image_size=size,
+            prompts=PromptConfig(max_objects=8, flip=True),
+            error_points=0,
+            mask_rounds=0,
+            steps=steps,
+            warmup_steps=100,
+            batch_size=16,
+            micro_batch=16,
+            lr=4e-4,
+            clip_grad=1.0,
+            precision=precision,
+            log_every=20,
+            checkpoint_every=100,
+            resume=(folder / "run" / "config.json").exists(),
+        )
+        finetune_promptable(config, lambda line: print("shapes", _short(line), flush=True))
+        export_promptable(folder / "run", file)
+    return file
+
+
+def draw_shapes(folder: Path, size: int, count: int = 800) -> None:
+    """COCO-format pictures of `count` scenes: ellipses, rectangles and blobs in plain colours with noise, one over another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for number in range(count):
+        pixels = np.zeros((size, size, 3)) + rng.uniform(0, 255, 3)
+        masks: list[np.ndarray] = []
+        for _ in range(rng.integers(3, 10)):
+            canvas = Image.new("1", (size, size))
+            draw_shape(ImageDraw.Draw(canvas), size, rng)
+            mask = np.asarray(canvas)
+            masks = [one & ~mask for one in masks] + [mask]
+            pixels[mask] = rng.uniform(0, 255, 3)
+        noisy = pixels + rng.normal(0, rng.uniform(2, 25), pixels.shape)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "width": size, "height": size})
+        for mask in masks:
+            if mask.sum() >= 64:
+                # Run lengths in columns, zeros first.
+                flat = np.concatenate([[0], mask.T.ravel(), [0]]).astype(np.int8)
+                edges = np.flatnonzero(np.diff(flat))
+                counts = np.diff(np.concatenate([[0], edges, [mask.size]])).tolist()
+                annotations.append(
+                    {
+                        "id": len(annotations),
+                        "image_id": number,
+                        "segmentation": {"size": [size, size], "counts": counts},
+                    }
+                )
+    (folder / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+
+
+def draw_shape(draw: ImageDraw.ImageDraw, size: int, rng: np.random.Generator) -> None:
+    """One shape at a random place, of a fifteenth to half of the picture's side."""
+    middle, radii = rng.uniform(0.1, 0.9, 2) * size, np.exp(rng.uniform(np.log(0.03), np.log(0.3), 2)) * size
+    kind = rng.integers(3)
+    if kind < 2:
+        corners = [*(middle - radii), *(middle + radii)]
+        (draw.ellipse if kind else draw.rectangle)(corners, fill=1)
+        return
+    angles = np.sort(rng.uniform(0, 2 * np.pi, 9))
+    lengths = rng.uniform(0.4, 1.3, 9)
+    points = middle + (radii * lengths[:, None]) * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    draw.polygon([(float(x), float(y)) for x, y in points], fill=1)
 
 
 def _short(line: dict[str, Any]) -> str:
@@ -177,6 +266,7 @@ def main() -> None:
     training.add_argument("--images", type=Path, required=True)
     training.add_argument("--student", type=Path, required=True)
     training.add_argument("--encoder", default="vit_t", help="what RUN is")
+    training.add_argument("--shape-steps", type=int, default=1000)
     training.add_argument("--seeds", type=int, default=3)
     training.add_argument("--steps", type=int, default=1200)
     training.add_argument("--batch-size", type=int, default=8)

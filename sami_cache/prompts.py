@@ -78,7 +78,7 @@ def first_prompts(
         if len(chosen) > config.max_objects:
             chosen = [chosen[index] for index in np.sort(rng.permutation(len(chosen))[: config.max_objects])]
         image = annotations.read_image(number)
-        augment = augmentation(*image.shape[:2], config, rng)
+        augment = augmentation(image.shape[0], image.shape[1], config, rng)
         image = np.ascontiguousarray(augment(image))
         height, width = image.shape[:2]
         rows, columns = model.covered(height, width)

@@ -6,9 +6,9 @@ when it is asked for, so a million of them cost no more than their text.
 """
 
 import json
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,9 @@ class Object:
 
     def mask(self) -> np.ndarray:
         """Decode: bool [height, width], True inside. Raises SamiCacheError where the segmentation is none."""
-        return coco_mask.decode(self.rle()).astype(bool)
+        rle = _to_rle(self.segmentation, self.height, self.width, self.where, decode=False)
+        with _damage(self.height, self.width, self.where):
+            return coco_mask.decode(rle).astype(bool)
 
     def rle(self) -> dict[str, Any]:
         """The same as COCO's compressed run lengths: {"size": [height, width], "counts": bytes}."""
@@ -71,22 +73,28 @@ class Annotations(ABC):
         """A picture's file, and the height and width that its annotations are made for."""
 
     def read_image(self, index: int) -> np.ndarray:
-        """Picture `index`: uint8 [H, W, 3], upright RGB. Raises SamiCacheError where it is missing, damaged or resized."""
+        """Picture `index`: uint8 [H, W, 3], RGB. Raises SamiCacheError where it is missing, damaged or resized.
+
+        Upright, as its EXIF orientation says; where only the picture as it lies in the file has the annotated size, as it lies.
+        """
         path, height, width = self._image(index)
         name = file_text(path)
         try:
             check_encoded_size(path.stat().st_size)
-            pixels = np.array(decode_image(path.read_bytes()))
+            data = path.read_bytes()
+            pixels = np.array(decode_image(data))
+            if pixels.shape[:2] != (height, width) and pixels.shape[:2] == (width, height):
+                pixels = np.array(decode_image(data, upright=False))
         except FileNotFoundError:
             raise SamiCacheError(
                 f"{name}: annotated, but not there. Give the folder of the pictures with --images DIR"
             ) from None
-        except (ImageError, OSError) as error:
+        except (ImageError, OSError, ValueError) as error:  # ValueError: a name that no file can have
             raise SamiCacheError(f"{name}: {error}") from error
         if pixels.shape[:2] != (height, width):
             raise SamiCacheError(
-                f"{name}: its annotations are for {width}x{height} pixels, found {pixels.shape[1]}x{pixels.shape[0]} when "
-                "upright. Give the pictures that were annotated"
+                f"{name}: its annotations are for {width}x{height} pixels, found {pixels.shape[1]}x{pixels.shape[0]}. Give "
+                "the pictures that were annotated"
             )
         return pixels
 
@@ -134,7 +142,7 @@ class CocoAnnotations(Annotations):
             self._objects[image].append(entry)
         self.categories: dict[int, str] = {
             _integer(entry, "id", f"{self._name}: category {n}"): one_line(entry.get("name", ""))
-            for n, entry in enumerate(data.get("categories") or [])
+            for n, entry in enumerate(_list(data, "categories", self._name) if data.get("categories") else [])
         }
         """Names by `category_id`; empty where the file names none."""
 
@@ -207,14 +215,21 @@ def _object(entry: Mapping[str, Any], image: Mapping[str, Any], name: str, place
     )
 
 
-def _to_rle(segmentation: Any, height: int, width: int, where: str) -> dict[str, Any]:
+@contextmanager
+def _damage(height: int, width: int, where: str) -> Iterator[None]:
     try:
-        if isinstance(segmentation, list):
-            return _polygons_to_rle(segmentation, height, width, where)
-        return _runs_to_rle(segmentation, height, width, where)
+        yield
     except (ValueError, RuntimeError) as error:
         text = one_line(error, 120)
         raise SamiCacheError(f"{where}: damaged segmentation, expected a mask of {width}x{height}: {text}") from error
+
+
+def _to_rle(segmentation: Any, height: int, width: int, where: str, *, decode: bool = True) -> dict[str, Any]:
+    """`decode`: which checks compressed run lengths; the caller who does it anyway need not have it done twice."""
+    with _damage(height, width, where):
+        if isinstance(segmentation, list):
+            return _polygons_to_rle(segmentation, height, width, where)
+        return _runs_to_rle(segmentation, height, width, where, decode)
 
 
 def _polygons_to_rle(polygons: list[Any], height: int, width: int, where: str) -> dict[str, Any]:
@@ -231,7 +246,7 @@ def _polygons_to_rle(polygons: list[Any], height: int, width: int, where: str) -
     return coco_mask.merge(parts)
 
 
-def _runs_to_rle(segmentation: Mapping[str, Any], height: int, width: int, where: str) -> dict[str, Any]:
+def _runs_to_rle(segmentation: Mapping[str, Any], height: int, width: int, where: str, decode: bool) -> dict[str, Any]:
     size, counts = segmentation.get("size"), segmentation.get("counts")
     if size != [height, width]:
         raise SamiCacheError(f"{where}: expected run lengths of size [{height}, {width}], found {one_line(size, 40)}")
@@ -244,7 +259,8 @@ def _runs_to_rle(segmentation: Mapping[str, Any], height: int, width: int, where
     if not isinstance(counts, str):
         raise SamiCacheError(f"{where}: expected run lengths as a list or a text, found {one_line(counts, 40)!r}")
     rle = {"size": [height, width], "counts": counts.encode("latin-1")}
-    coco_mask.decode(rle)  # which checks what the library's other functions take as it comes
+    if decode:
+        coco_mask.decode(rle)  # which checks what the library's other functions take as it comes
     return rle
 
 
@@ -302,4 +318,5 @@ def _integer(entry: Mapping[str, Any], key: str, where: str) -> int:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Larger than any picture is none: whole numbers of any length are JSON.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e12 < value < 1e12

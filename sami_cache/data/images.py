@@ -51,11 +51,12 @@ _UPRIGHT = {
 }
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, upright: bool = True) -> Image.Image:
     """The first frame of a JPEG, PNG, WebP, BMP or TIFF as an upright "RGB" image with no metadata.
 
     The EXIF orientation is applied (a damaged EXIF block counts as none). Transparent pixels are laid over white. 16-bit
-    grey is scaled from 0..65535 (12-bit TIFF from 0..4095) to 0..255. Safe to call from several threads.
+    grey is scaled from 0..65535 (12-bit TIFF from 0..4095) to 0..255. Safe to call from several threads. `upright=False`: as
+    it lies in the file.
 
     Raises ImageError, whose message is the reason in one line, for anything that is not a whole picture of these formats, has
     more than `max_pixels` pixels, or holds pixels with no defined range (floats, 32-bit integers above 65535).
@@ -73,18 +74,18 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             if math.prod(image.size) > (Image.MAX_IMAGE_PIXELS or max_pixels):
                 _mute_pillow(Image.DecompressionBombWarning)  # this plugin asks once more while it loads
         image.load()
-        turn = _UPRIGHT.get(_orientation(image))
-        upright = _to_rgb(image)
+        turn = _UPRIGHT.get(_orientation(image)) if upright else None
+        pixels = _to_rgb(image)
         if turn is not None:
-            upright = upright.transpose(turn)
+            pixels = pixels.transpose(turn)
     except ImageError:
         raise
     except MemoryError as error:
         raise ImageError("not enough memory to decode it") from error
     except Exception as error:  # Pillow raises a dozen unrelated types for damaged files
         raise ImageError(_reason(error)) from error
-    upright.info = {}
-    return upright
+    pixels.info = {}
+    return pixels
 
 
 def decode_jpeg(data: bytes) -> np.ndarray:
