@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sami_cache.data.annotations import Annotations
+from sami_cache.data.annotations import Annotations, Object
 from sami_cache.errors import SamiCacheError
 from sami_cache.mask_losses import iou_loss, mask_iou, mask_loss
 from sami_cache.models.segment_anything import EFFICIENTSAM_POINTS, Family, Masks, SegmentAnything
@@ -194,61 +194,61 @@ class PromptableTask:
         """
         sums: dict[str, float] = dict.fromkeys(("box", "box_three", "click", "box_itself", "objects"), 0.0)
         if self.held_out is not None:
-            for question in prepared(
-                self._question, ((number,) for number in self.numbers), threads=self.steps.threads, timeout=self.steps.timeout
-            ):
-                if len(question.masks):
-                    for name, value in self._answers(model, question).items():
-                        sums[name] += value
+            jobs = ((number,) for number in self.numbers)
+            for question in prepared(self._question, jobs, threads=self.steps.threads, timeout=self.steps.timeout):
+                self._ask(model, question, sums)
         total = totals(sums, self.device)
         count = total.pop("objects")
         return {f"heldout_{name}_miou": value / count for name, value in total.items()} if count else {}
 
     def _question(self, number: int) -> "_Question":
         assert self.held_out is not None
-        rng = np.random.default_rng((0, number))
         image = self.held_out.read_image(number)
-        masks = [found.mask() for found in self.held_out.objects(number) if not found.crowd]
-        masks = [mask for mask in masks if mask.any()]
         return _Question(
+            number=number,
             pixels=self.model.preprocess(image),  # type: ignore[operator]
-            masks=torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), bool)),
-            boxes=torch.tensor([tight_box(mask) for mask in masks]).view(-1, 2, 2),
-            clicks=torch.tensor([point_inside(mask, rng) for mask in masks]).view(-1, 1, 2),
+            size=(image.shape[0], image.shape[1]),
+            objects=[found for found in self.held_out.objects(number) if not found.crowd],
         )
 
-    def _answers(self, model: Any, question: "_Question") -> dict[str, float]:
-        height, width = question.masks.shape[1:]
-        embeddings = model.encode(question.pixels[None].to(self.device))
+    def _ask(self, model: Any, question: "_Question", sums: dict[str, float]) -> None:
+        """Add what the model answers about one picture."""
+        height, width = question.size
+        rng = np.random.default_rng((0, question.number))
+        # Masks are decoded where they are needed: a hundred of a large picture take more memory than the model.
         at_once = max(1, _PIXELS_AT_ONCE // max(height * width, model.config.image_size**2))
-        sums: dict[str, float] = {"objects": float(len(question.masks))}
+        embeddings = model.encode(question.pixels[None].to(self.device)) if question.objects else None
 
-        def ask(points: Tensor, labels: list[int]) -> Masks:
-            points = model.to_input(points, height, width)[None].to(self.device)
-            some = torch.tensor(labels, device=self.device).expand(1, points.shape[1], -1)
-            return model.decode(embeddings, *model.complete_prompts(points, some))
+        def ask(points: list[Any], labels: list[int]) -> Masks:
+            places = torch.tensor(points, dtype=torch.float32).view(1, len(points), len(labels), 2)
+            places = model.to_input(places, height, width).to(self.device)
+            some = torch.tensor(labels, device=self.device).expand(1, len(points), -1)
+            return model.decode(embeddings, *model.complete_prompts(places, some))
 
         def add(name: str, logits: Tensor, true: Tensor) -> None:
             pictures = model.to_picture(logits.float(), height, width)[:, 0] > 0
-            sums[name] = sums.get(name, 0.0) + float(mask_iou(pictures, true).sum())
+            sums[name] += float(mask_iou(pictures, true).sum())
 
-        for start in range(0, len(question.masks), at_once):
-            part = slice(start, start + at_once)
-            true = question.masks[part].to(self.device)
-            box, click = ask(question.boxes[part], [2, 3]), ask(question.clicks[part], [1])
+        for start in range(0, len(question.objects), at_once):
+            masks = [found.mask() for found in question.objects[start : start + at_once]]
+            masks = [mask for mask in masks if mask.any()]
+            if not masks:
+                continue
+            true = torch.from_numpy(np.stack(masks)).to(self.device)
+            box, click = ask([tight_box(mask) for mask in masks], [2, 3]), ask([point_inside(mask, rng) for mask in masks], [1])
             add("box", box.single.logits[0], true)
             add("box_three", _highest_rated(box), true)
             add("click", _highest_rated(click), true)
-            sums["box_itself"] = sums.get("box_itself", 0.0) + sum(map(_filled, question.masks[part]))
-        return sums
+            sums["box_itself"] += sum(map(_filled, masks))
+            sums["objects"] += len(masks)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Question:
+    number: int
     pixels: Tensor  # float32 [3, S, S]
-    masks: Tensor  # bool [N, H, W]
-    boxes: Tensor  # float32 [N, 2, 2], in pixels of the picture
-    clicks: Tensor  # float32 [N, 1, 2]
+    size: tuple[int, int]  # of the picture, height and width
+    objects: list[Object]
 
 
 def _highest_rated(masks: Masks) -> Tensor:
@@ -257,7 +257,7 @@ def _highest_rated(masks: Masks) -> Tensor:
     return masks.three.logits[0, torch.arange(len(best)), best][:, None]
 
 
-def _filled(mask: Tensor) -> float:
+def _filled(mask: np.ndarray) -> float:
     """IoU of a mask with its own box."""
-    x0, y0, x1, y1 = tight_box(mask.numpy())
+    x0, y0, x1, y1 = tight_box(mask)
     return float(mask.sum()) / ((x1 - x0) * (y1 - y0))
