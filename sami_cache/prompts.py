@@ -95,7 +95,7 @@ def first_prompts(
                 points.append(np.clip(noisy, 0, [columns, rows]))
                 labels.append((2, 3))
             else:
-                point = model.to_input(torch.tensor(point_inside(mask, rng))[None], height, width).numpy()
+                point = model.to_input(torch.from_numpy(uniform_points(mask, 1, rng)).float(), height, width).numpy()
                 points.append(np.concatenate([point, np.full((1, 2), -1.0)]))
                 labels.append((1, -1))
             targets.append(target)
@@ -169,16 +169,18 @@ def to_cells(mask: np.ndarray, covered: tuple[int, int], cells: int) -> np.ndarr
 
 
 def tight_box(mask: np.ndarray) -> tuple[float, float, float, float]:
-    """x0, y0, x1, y1 around the True pixels of bool [H, W], the last ones included whole. The mask must not be empty."""
+    """x0, y0, x1, y1 around the True pixels of bool [H, W], the last ones included whole; (0, 0, 0, 0) where there is none."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not rows.size:
+        return 0.0, 0.0, 0.0, 0.0
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
-def point_inside(mask: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
-    """x, y of a pixel, uniform among the True ones of bool [H, W]."""
-    inside = np.flatnonzero(mask)
-    y, x = divmod(int(inside[rng.integers(len(inside))]), mask.shape[1])
-    return float(x), float(y)
+def uniform_points(mask: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """int [count, 2] pixels of a mask that is not empty, each drawn from all of it; fewer points are the first of more."""
+    pixels = np.flatnonzero(mask)
+    rows, columns = np.unravel_index(pixels[rng.integers(len(pixels), size=count)], mask.shape)
+    return np.stack([columns, rows], axis=1)
 
 
 def noisy_box(box: np.ndarray, config: PromptConfig, rng: np.random.Generator) -> np.ndarray:

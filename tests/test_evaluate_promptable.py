@@ -35,10 +35,10 @@ from sami_cache.inference.protocols import (
     farthest_point,
     mask_iou,
     next_click,
-    tight_box,
 )
 from sami_cache.models.segment_anything import SegmentAnything, SegmentAnythingConfig
 from sami_cache.models.segment_anything_weights import save_segment_anything
+from sami_cache.prompts import tight_box
 
 SIZES = [(90, 120), (150, 100), (128, 128), (60, 140), (300, 320), (64, 64)]
 """Height and width of the pictures."""

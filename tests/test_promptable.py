@@ -11,7 +11,16 @@ from sami_cache.data.annotations import open_annotations
 from sami_cache.errors import SamiCacheError
 from sami_cache.mask_losses import iou_loss, mask_iou, mask_loss
 from sami_cache.models.segment_anything import SegmentAnythingConfig
-from sami_cache.prompts import PromptConfig, augmentation, collate, first_prompts, noisy_box, point_inside, tight_box, to_cells
+from sami_cache.prompts import (
+    PromptConfig,
+    augmentation,
+    collate,
+    first_prompts,
+    noisy_box,
+    tight_box,
+    to_cells,
+    uniform_points,
+)
 from sami_cache.steps import PictureSteps, prepared
 from sami_cache.tasks.promptable import PromptableTask, RoundsConfig, TrainedSegmentAnything, error_points
 from sami_cache.training import TrainConfig, Trainer
@@ -178,7 +187,7 @@ def test_points_are_uniform_inside_the_mask():
     mask = np.zeros((20, 30), bool)
     mask[3:6, 4:9] = mask[15, 20:25] = True
     rng = np.random.default_rng(0)
-    points = np.array([point_inside(mask, rng) for _ in range(4000)]).astype(int)
+    points = np.concatenate([uniform_points(mask, 1, rng) for _ in range(4000)])
     hits = np.zeros_like(mask, int)
     np.add.at(hits, (points[:, 1], points[:, 0]), 1)
     assert (hits[~mask] == 0).all()

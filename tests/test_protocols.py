@@ -19,9 +19,8 @@ from sami_cache.inference.protocols import (
     find_protocol,
     mask_iou,
     next_click,
-    tight_box,
-    uniform_points,
 )
+from sami_cache.prompts import tight_box, uniform_points
 
 
 def two_squares() -> np.ndarray:

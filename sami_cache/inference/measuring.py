@@ -21,10 +21,9 @@ from sami_cache.inference.protocols import (
     farthest_point,
     mask_iou,
     next_click,
-    tight_box,
-    uniform_points,
 )
 from sami_cache.models.segment_anything import Masks, SegmentAnything
+from sami_cache.prompts import tight_box, uniform_points
 
 CHUNK = 32
 """Queries decoded at once."""

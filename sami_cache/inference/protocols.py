@@ -13,6 +13,7 @@ import numpy as np
 from scipy import ndimage
 
 from sami_cache.errors import SamiCacheError
+from sami_cache.prompts import tight_box
 
 MaskRule = Literal["confident", "box", "tight-box", "single", "oracle"]
 """confident: of the three masks, the one of the highest predicted IoU. box: the one whose pixels have the highest IoU with the
@@ -184,14 +185,6 @@ def mask_iou(mask: np.ndarray, truth: np.ndarray) -> float:
     return np.count_nonzero(mask & truth) / union if union else 0.0
 
 
-def tight_box(mask: np.ndarray) -> tuple[float, float, float, float]:
-    """The smallest box around a mask; (0, 0, 0, 0) around an empty one."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not rows.size:
-        return 0.0, 0.0, 0.0, 0.0
-    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
-
-
 def box_to_mask(box: Sequence[float] | np.ndarray, height: int, width: int) -> np.ndarray:
     """The pixels whose centre is inside `box`: bool [height, width]. A box may reach over the picture's edge."""
     x0, y0, x1, y1 = (np.ceil(value - 0.5) for value in box)
@@ -237,13 +230,6 @@ def choose_mask(
         raise ValueError(f"the rule {rule} needs {'the truth' if rule == 'oracle' else 'the prompt box'}")
     best = int(np.argmax(scores))
     return 1 + best, masks[best]
-
-
-def uniform_points(mask: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """int [count, 2] pixels of a mask that is not empty, each drawn from all of it; fewer points are the first of more."""
-    pixels = np.flatnonzero(mask)
-    rows, columns = np.unravel_index(pixels[rng.integers(len(pixels), size=count)], mask.shape)
-    return np.stack([columns, rows], axis=1)
 
 
 def farthest_point(mask: np.ndarray) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from sami_cache.errors import SamiCacheError
 from sami_cache.mask_losses import iou_loss, mask_iou, mask_loss
 from sami_cache.models.segment_anything import EFFICIENTSAM_POINTS, Family, Masks, SegmentAnything
 from sami_cache.processes import totals
-from sami_cache.prompts import Prompted, collate, point_inside, tight_box
+from sami_cache.prompts import Prompted, collate, tight_box, uniform_points
 from sami_cache.steps import PictureSteps, prepared
 
 _PIXELS_AT_ONCE = 1 << 25
@@ -220,7 +220,7 @@ class PromptableTask:
         embeddings = model.encode(question.pixels[None].to(self.device)) if question.objects else None
 
         def ask(points: list[Any], labels: list[int]) -> Masks:
-            places = torch.tensor(points, dtype=torch.float32).view(1, len(points), len(labels), 2)
+            places = torch.from_numpy(np.array(points, np.float32)).view(1, len(points), len(labels), 2)
             places = model.to_input(places, height, width).to(self.device)
             some = torch.tensor(labels, device=self.device).expand(1, len(points), -1)
             return model.decode(embeddings, *model.complete_prompts(places, some))
@@ -235,7 +235,10 @@ class PromptableTask:
             if not masks:
                 continue
             true = torch.from_numpy(np.stack(masks)).to(self.device)
-            box, click = ask([tight_box(mask) for mask in masks], [2, 3]), ask([point_inside(mask, rng) for mask in masks], [1])
+            box, click = (
+                ask([tight_box(mask) for mask in masks], [2, 3]),
+                ask([uniform_points(mask, 1, rng) for mask in masks], [1]),
+            )
             add("box", box.single.logits[0], true)
             add("box_three", _highest_rated(box), true)
             add("click", _highest_rated(click), true)
