@@ -1,6 +1,6 @@
 """What pretraining is worth to a promptable model that is fine-tuned on few pictures: a pretrained student against scratch.
 
-    python benchmarks/promptable.py train --annotations FILE --images DIR --student RUN --work DIR [--seeds 3] [--steps 1200]
+    python benchmarks/promptable.py train --annotations FILE --images DIR --student RUN --work DIR [--seeds 3] [--steps 4000]
     python benchmarks/promptable.py report --work DIR [--plot FILE]
 
 The first 80 of the annotated pictures, by number, are trained on, the others held out. RUN is one of `sami-cache train`, or
@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,36 +51,32 @@ def split(annotations: Path, work: Path) -> dict[str, Path]:
 
 
 def train(given: argparse.Namespace) -> None:
-    """Train and evaluate every arm and seed; results in WORK/results.json."""
+    """Train and evaluate every arm and seed; a file in WORK for each, so that several may run at once (`--arms`)."""
     given.work.mkdir(parents=True, exist_ok=True)
     parts = split(given.annotations, given.work)
-    path = given.work / "results.json"
-    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    settings = {
+    decoder = learn_shapes(given.work / "shapes", given.shape_steps, given.precision)
+    recipe = {
         "image_size": given.image_size,
         "steps": given.steps,
+        "warmup_steps": given.steps // 12,
         "batch_size": given.batch_size,
         "lr": given.lr,
+        "clip_grad": 1.0,
+        "precision": given.precision,
         "error_points": given.error_points,
         "mask_rounds": given.mask_rounds,
-        "max_objects": given.max_objects,
-        "crop": given.crop,
-        "clip_grad": 1.0,
     }
-    if results.setdefault("settings", settings) != settings:
-        raise SystemExit(f"{path} has results of other settings, {results['settings']}: give another --work")
-
-    decoder = learn_shapes(given.work / "shapes", given.shape_steps, given.precision)
+    prompts = PromptConfig(max_objects=given.max_objects, flip=True, crop=given.crop)
 
     def measure(model: Path | None, out: str) -> dict[str, float]:
         found = {}
-        for protocol, prompts in EVALUATED.items():
+        for protocol, asked in EVALUATED.items():
             config = EvaluationConfig(
                 model=model,
                 data=parts["heldout"],
                 images=given.images,
                 protocol=PROTOCOLS[protocol],
-                prompts=prompts if model else ("box",),
+                prompts=asked if model else ("box",),
                 out=given.work / f"{out}-{protocol}.json",
                 overwrite=True,
             )
@@ -87,11 +84,11 @@ def train(given: argparse.Namespace) -> None:
                 found[f"{protocol}/{row['prompt']}"] = row["miou"]
         return found
 
-    results.setdefault("box itself", measure(None, "box"))
+    _write(given.work / "box.json", measure(None, "box-itself"))
     for seed in range(given.seeds):
-        for arm in ARMS:
-            run = given.work / f"{arm}-{seed}"
-            if run.name in results:
+        for arm in given.arms:
+            run, result = given.work / f"{arm}-{seed}", given.work / f"{arm}-{seed}.json"
+            if result.exists():
                 continue
             config = PromptableTrainingConfig(
                 run=run,
@@ -101,31 +98,25 @@ def train(given: argparse.Namespace) -> None:
                 init=given.student if arm == "taught" else None,
                 decoder=decoder,
                 student=given.encoder,
-                image_size=given.image_size,
-                prompts=PromptConfig(max_objects=given.max_objects, flip=True, crop=given.crop),
-                error_points=given.error_points,
-                mask_rounds=given.mask_rounds,
-                steps=given.steps,
-                warmup_steps=given.steps // 12,
-                batch_size=given.batch_size,
+                prompts=prompts,
                 micro_batch=given.batch_size,
-                lr=given.lr,
-                clip_grad=settings["clip_grad"],
-                precision=given.precision,
                 seed=seed,
                 log_every=20,
-                checkpoint_every=given.steps // 8,
-                evaluate_every=given.steps // 8,
+                checkpoint_every=given.steps // 16,
+                evaluate_every=given.steps // 16,
                 resume=(run / "config.json").exists(),
+                **recipe,
             )
             last = finetune_promptable(config, lambda line, name=run.name: print(name, _short(line), flush=True))
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             curve = [line for line in lines if "heldout_box_miou" in line]
-            losses = [[line["step"], line["loss"]] for line in lines if line.get("loss") is not None]
-            results[run.name] = {"final": measure(run, run.name), "curve": curve, "losses": losses, "seconds": last["seconds"]}
-            path.write_text(json.dumps(results, indent=1))
-    path.write_text(json.dumps(results, indent=1))
+            found = {"recipe": recipe | asdict(prompts), "final": measure(run, run.name), "curve": curve}
+            _write(result, found | {"seconds": last["seconds"]})
     report(given)
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1))
 
 
 def learn_shapes(folder: Path, steps: int, precision: Any, size: int = 128) -> Path:
@@ -216,31 +207,38 @@ def _short(line: dict[str, Any]) -> str:
 
 def report(given: argparse.Namespace) -> None:
     """Print the table; draw the curves where `--plot` says."""
-    results = json.loads((given.work / "results.json").read_text())
-    arms = {arm: [results[name] for name in sorted(results) if name.startswith(f"{arm}-")] for arm in ARMS}
+    baseline = json.loads((given.work / "box.json").read_text())
+    arms = {arm: [json.loads(path.read_text()) for path in sorted(given.work.glob(f"{arm}-[0-9].json"))] for arm in ARMS}
+    if not arms["taught"]:
+        raise SystemExit(f"{given.work}: no run is finished yet")
     names = list(arms["taught"][0]["final"])
-    print(f"settings: {results['settings']}\n")
+    print(f"{arms['taught'][0]['recipe']}\n")
     print("| held-out mIoU, percent | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
-    baseline = [results["box itself"].get(name) for name in names]
-    print("| the box itself | " + " | ".join("-" if value is None else f"{100 * value:.1f}" for value in baseline) + " |")
+    cells = [f"{100 * baseline[name]:.1f}" if name in baseline else "-" for name in names]
+    print("| the box itself | " + " | ".join(cells) + " |")
     for arm, runs in arms.items():
+        if not runs:
+            continue
         cells = [_spread([100 * run["final"][name] for run in runs]) for name in names]
         print(f"| {ARMS[arm]}, {len(runs)} seeds | " + " | ".join(cells) + " |")
     pairs = list(zip(arms["taught"], arms["scratch"], strict=False))
-    cells = [_spread([100 * (taught["final"][name] - scratch["final"][name]) for taught, scratch in pairs]) for name in names]
-    print("| difference, paired by seed | " + " | ".join(cells) + " |")
+    if pairs:
+        cells = [
+            _spread([100 * (taught["final"][name] - scratch["final"][name]) for taught, scratch in pairs]) for name in names
+        ]
+        print("| difference, paired by seed | " + " | ".join(cells) + " |")
     for arm, runs in arms.items():
-        print(f"{arm}: {_spread([run['seconds'] / 60 for run in runs])} minutes a run")
+        print(f"{arm}: {len(runs)} seeds, {_spread([run['seconds'] / 60 for run in runs])} minutes a run")
     if given.plot:
-        _draw(results, arms, given.plot)
+        _draw(baseline, arms, given.plot)
 
 
 def _spread(values: list[float]) -> str:
     deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
+    return f"{statistics.mean(values):.1f} ± {deviation:.1f}" if values else "-"
 
 
-def _draw(results: dict[str, Any], arms: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def _draw(baseline: dict[str, float], arms: dict[str, list[dict[str, Any]]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
@@ -252,7 +250,7 @@ def _draw(results: dict[str, Any], arms: dict[str, list[dict[str, Any]]], path: 
                 steps, values = [line["step"] for line in run["curve"]], [100 * line[key] for line in run["curve"]]
                 panel.plot(steps, values, color=colours[arm], marker="o", markersize=3, label=ARMS[arm] if not number else None)
         if name == "box":
-            panel.axhline(100 * results["box itself"]["single/box"], color="black", linestyle=":", label="the box itself")
+            panel.axhline(100 * baseline["single/box"], color="black", linestyle=":", label="the box itself")
         panel.set_title(f"prompt: {name}")
         panel.set_xlabel("optimizer step")
         panel.grid(alpha=0.3)
@@ -271,10 +269,11 @@ def main() -> None:
     training.add_argument("--student", type=Path, required=True)
     training.add_argument("--encoder", default="vit_t", help="what RUN is")
     training.add_argument("--shape-steps", type=int, default=1000)
+    training.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     training.add_argument("--seeds", type=int, default=3)
-    training.add_argument("--steps", type=int, default=1200)
+    training.add_argument("--steps", type=int, default=4000)
     training.add_argument("--batch-size", type=int, default=8)
-    training.add_argument("--lr", type=float, default=3e-4)
+    training.add_argument("--lr", type=float, default=6e-4)
     training.add_argument("--crop", type=float, default=0.5)
     training.add_argument("--precision", default="float32")
     training.add_argument("--image-size", type=int, default=224)

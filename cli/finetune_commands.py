@@ -1,12 +1,14 @@
-"""Commands that fine-tune a pretrained student for a task: finetune promptable."""
+"""Commands that fine-tune a pretrained student for a task. Other tasks than promptable have files of their own."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cli import finetune_detection_command
 from cli import finetune_options as options
 from cli.cache_commands import Device, Grace, Workers
+from cli.evaluate_commands import evaluate_app
 from cli.output import TrainingLines, duration
 from pipelines.recipes import EFFICIENTSAM_SA1B as SA1B
 
@@ -19,6 +21,7 @@ def register(app: typer.Typer) -> None:
         "`--data sa1b/`; from a cache of SAM's embeddings, with SAM's own decoder: `sami-cache finetune promptable "
         "--from-cache sam.zarr --init runs/vit_s --decoder sam_vit_h_4b8939.pth`; then `--init runs/promptable` with `--data`"
     )(promptable)
+    finetune_detection_command.register(finetune, evaluate_app)
     app.add_typer(finetune, name="finetune")
 
 

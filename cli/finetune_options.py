@@ -9,6 +9,15 @@ if TYPE_CHECKING:
     from pipelines.running import Prepared
 
 Run = Annotated[Path, typer.Option("--run", "--run-dir", help="Where the run is written; torchrun takes --run for its own.")]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        help="Start from a run of `train`, a file of `export`, a plain ViT's weights, or timm:NAME. Default: scratch."
+    ),
+]
+Student = Annotated[
+    str | None, typer.Option(help="vit_t, vit_s, vit_b, or one of timm's plain ViTs. Default: of --init, else vit_t.")
+]
 Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of epochs.")]
 Epochs = Annotated[float, typer.Option(help="The default is the published one, with its data.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures a step; all, where there are fewer.")]

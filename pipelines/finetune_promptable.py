@@ -156,6 +156,7 @@ def _prepare_prompts(config: PromptableTrainingConfig, model: SegmentAnything, d
         "rounds": {"error_points": rounds.error_points, "mask_rounds": rounds.mask_rounds},
         "freeze_decoder": config.freeze_decoder,
         "pictures": {"train": len(annotations), "held_out": len(held_out) if held_out else 0},
+        "annotations": {"train": annotations.fingerprint, "held_out": held_out.fingerprint if held_out else None},
     }
     return Prepared(task=task, train=train, settings=settings)
 

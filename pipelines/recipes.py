@@ -45,3 +45,26 @@ class PromptableRecipe:
 
 
 EFFICIENTSAM_SA1B = PromptableRecipe()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionRecipe:
+    """ViTDet's Mask R-CNN on COCO, section 4.1 of the paper."""
+
+    epochs: int = 100
+    warmup_epochs: int = 10
+    batch_size: int = 64
+    lr: float = 2e-4
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    image_size: int = 1024
+
+
+VITDET_COCO = DetectionRecipe()
+
+# COCO val2017, AP of boxes and masks, as published; never ours.
+PUBLISHED_DETECTION = {
+    "vit_t": {"MAE": (37.9, 34.9), "SAMI": (44.7, 40.0)},
+    "vit_s": {"MAE": (45.3, 40.8), "SAMI": (49.8, 44.2)},
+    "vit_b": {"MAE": (51.6, 45.9), "SAMI": (52.5, 46.5)},
+}

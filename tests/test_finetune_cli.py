@@ -180,6 +180,9 @@ def test_other_settings_do_not_resume(data, tmp_path):
     finetune_promptable(config(tmp_path / "run", data, steps=1))
     with pytest.raises(IdentityError, match=r"rounds\.error_points: 1 in the run, 2 now"):
         finetune_promptable(config(tmp_path / "run", data, steps=1, error_points=2, resume=True))
+    write_pictures(tmp_path / "other", 3, whole=False)
+    with pytest.raises(IdentityError, match=r"annotations\.train: "):
+        finetune_promptable(config(tmp_path / "run", tmp_path / "other", steps=1, resume=True))
 
 
 def test_the_published_recipe_is_the_default(data, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 from faster_coco_eval.core import mask as coco_mask
 
 from sami_cache.data.images import MAX_PIXELS, decode_image
@@ -60,6 +61,8 @@ class Annotations(ABC):
     """`len(annotations)` pictures. `keys`: unique text, one a picture, in the order of the data set."""
 
     keys: list[str]
+    fingerprint: str
+    """BLAKE3 of what names the data set: COCO's file, or the names in a folder of SA-1B."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -124,6 +127,7 @@ class CocoAnnotations(Annotations):
     def __init__(self, path: Path, images: Path) -> None:
         self.path, self.folder, self._name = path, images, file_text(path)
         data = _read_json(path, self._name)
+        self.fingerprint = blake3(path.read_bytes()).hexdigest()
         self._images = [
             _checked_image(entry, f"{self._name}: image {n}") for n, entry in enumerate(_list(data, "images", self._name))
         ]
@@ -163,6 +167,7 @@ class SA1BAnnotations(Annotations):
         self.keys = sorted(path.stem for path in folder.glob("sa_*.json"))
         if not self.keys:
             raise SamiCacheError(f"{file_text(folder)} holds no sa_*.json: expected {_LAYOUT}")
+        self.fingerprint = blake3("\0".join(self.keys).encode()).hexdigest()
 
     def objects(self, index: int) -> list[Object]:
         name, data, image = self._read(index)

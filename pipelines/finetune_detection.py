@@ -1,0 +1,175 @@
+"""Fine-tuning a pretrained student to detect and outline objects, and measuring what came of it."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.recipes import VITDET_COCO
+from pipelines.running import Prepared, RunOptions, run_task, step_options, train_config
+from pipelines.starts import start_encoder
+from sami_cache.checkpoints import Checkpoint, load_newest, put_weights
+from sami_cache.data.annotations import Annotations, CocoAnnotations, open_annotations
+from sami_cache.errors import SamiCacheError
+from sami_cache.inference.average_precision import Truth
+from sami_cache.models.detector import Detector
+from sami_cache.models.pyramid import GLOBAL_BLOCKS, WINDOW, SimpleFeaturePyramid, layer_scale
+from sami_cache.steps import PictureSteps
+from sami_cache.store.files import write_durably
+from sami_cache.tasks.detection import DetectionTask, JitterConfig, category_of, examples, scores
+
+MICRO_BATCH = {"cuda": 8, "cpu": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionTrainingConfig(RunOptions):
+    """A fine-tuning run; the defaults are the paper's."""
+
+    data: Path
+    """COCO-format JSON with categories."""
+    images: Path
+    """The folder of its pictures."""
+    val: Path | None = None
+    val_images: Path | None = None
+    """By default `images`."""
+    init: str | None = None
+    """A run of `train`, an export, a plain ViT's weights or timm:NAME; None: scratch."""
+    student: str | None = None
+    shape: dict[str, Any] = field(default_factory=dict)
+    """To timm, for encoders of another shape: depth, embed_dim, num_heads."""
+    image_size: int = VITDET_COCO.image_size
+    window: int | None = WINDOW
+    """Tokens a side within which most blocks attend; None: all attend to all."""
+    global_blocks: int = GLOBAL_BLOCKS
+    jitter: JitterConfig = field(default_factory=JitterConfig)
+    layer_decay: float = 1.0
+    """Of the learning rate, from block to block. The paper names none; ViTDet's for a base model is 0.7."""
+    drop_path: float = 0.0
+    """Of the encoder. The paper names none; ViTDet's for a base model is 0.1."""
+    detections: int = 100
+    """At most, in a picture."""
+    epochs: float = VITDET_COCO.epochs
+    warmup_epochs: float = VITDET_COCO.warmup_epochs
+    batch_size: int = VITDET_COCO.batch_size
+    lr: float = VITDET_COCO.lr
+    weight_decay: float = VITDET_COCO.weight_decay
+    betas: tuple[float, float] = VITDET_COCO.betas
+
+
+def finetune_detection(
+    config: DetectionTrainingConfig,
+    on_log: Callable[[dict[str, Any]], None] = lambda line: None,
+    on_start: Callable[[Prepared], None] = lambda prepared: None,
+) -> dict[str, Any]:
+    """Run or continue a fine-tuning; returns the last line of its log."""
+    return run_task(config, lambda device: prepare(config, device), on_log, on_start)
+
+
+def prepare(config: DetectionTrainingConfig, device: torch.device) -> Prepared:
+    """Resolve a configuration: data, model and steps."""
+    if config.image_size % 32:
+        raise SamiCacheError(f"--image-size {config.image_size}: expected a multiple of 32")
+    annotations = _open(config.data, config.images)
+    if not any(not one.crowd for number in range(len(annotations)) for one in annotations.objects(number)):
+        raise SamiCacheError(f"{config.data} has no object to learn: crowds are left out")
+    held_out = _open(config.val, config.val_images or config.images) if config.val else None
+    categories = sorted(annotations.categories)
+    for part in filter(None, (annotations, held_out)):
+        known = {category_of(one) for number in range(len(part)) for one in part.objects(number)}
+        if unknown := known - set(categories):
+            raise SamiCacheError(f"{part.path} has objects of category {min(unknown)}, which {config.data} does not name")
+    torch.manual_seed(config.seed)
+    encoder, student, source = start_encoder(
+        config.init, config.student, image_size=config.image_size, drop_path=config.drop_path, **config.shape
+    )
+    shape = {
+        "student": student,
+        "shape": config.shape,
+        "image_size": config.image_size,
+        "window": config.window,
+        "global_blocks": config.global_blocks,
+        "classes": len(categories),
+        "detections": config.detections,
+    }
+    pyramid = SimpleFeaturePyramid(encoder, window=config.window, global_blocks=config.global_blocks)
+    model = Detector(pyramid, len(categories), image_size=config.image_size, detections=config.detections)
+    train = train_config(config, len(annotations), device, micro_batch=MICRO_BATCH, evaluates=held_out is not None)
+    classes = {category: label for label, category in enumerate(categories, 1)}
+    make = examples(annotations, classes, config.image_size, config.jitter, config.seed)
+    steps = PictureSteps(len(annotations), make, **step_options(config, train))
+    task = DetectionTask(
+        model,
+        steps,
+        truth=Truth(held_out) if held_out else None,
+        held_out=held_out,
+        categories=categories,
+        device=device,
+        threads=config.workers,
+    )
+    paths = {"data": config.data, "images": config.images, "val": config.val, "val_images": config.val_images}
+    settings = {
+        "detector": shape,
+        "categories": {str(category): annotations.categories[category] for category in categories},
+        "jitter": asdict(config.jitter),
+        "layer_decay": config.layer_decay,
+        "drop_path": config.drop_path,
+        "steps_per_epoch": steps.steps_per_epoch,
+        "annotations": {"train": annotations.fingerprint, "held_out": held_out.fingerprint if held_out else None},
+        "pictures": {"train": len(annotations), "held_out": len(held_out) if held_out else 0},
+        "places": {"init": source} | {name: str(path.resolve()) for name, path in paths.items() if path},
+    }
+    depth = len(encoder.blocks)
+    return Prepared(
+        task=task,
+        train=train,
+        settings=settings,
+        lr_scale=lambda name: layer_scale(name, depth, config.layer_decay),
+    )
+
+
+def open_detector(run: Path, device: torch.device | str = "cpu") -> tuple[Detector, Checkpoint]:
+    """The detector of a run's newest intact checkpoint, in evaluation mode, and the checkpoint with the run's settings."""
+    checkpoint = load_newest(run / "checkpoints") if (run / "checkpoints").is_dir() else None
+    if checkpoint is None or "detector" not in checkpoint.config:
+        raise SamiCacheError(f"{run}: no run of `sami-cache finetune detection` with a checkpoint is there")
+    own = dict(checkpoint.config["detector"])
+    size, window, every = own["image_size"], own["window"], own["global_blocks"]
+    encoder = start_encoder(None, own["student"], image_size=size, **own["shape"])[0]
+    pyramid = SimpleFeaturePyramid(encoder, window=window, global_blocks=every)
+    model = Detector(pyramid, own["classes"], image_size=size, detections=own["detections"])
+    put_weights(model, checkpoint.model, f"the checkpoint of step {checkpoint.step} of {run}")
+    return model.to(device).eval(), checkpoint
+
+
+def evaluate_detection(
+    run: Path, data: Path, images: Path, *, out: Path | None = None, device: str = "auto"
+) -> dict[str, float]:
+    """AP of boxes and masks on `data`, as `tasks.detection.scores` names them; with `out`, COCO's results are written there.
+
+    `evaluate promptable --boxes OUT` takes that file as a detector's.
+    """
+    if out is not None and out.exists():
+        raise SamiCacheError(f"{out} is there: nothing was overwritten. Remove it, or write to another file with --out")
+    place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    model, checkpoint = open_detector(run, place)
+    annotations = _open(data, images)
+    categories = [int(category) for category in checkpoint.config["categories"]]
+    truth = Truth(annotations)
+    if unknown := set(categories) - {category["id"] for category in truth.categories}:
+        raise SamiCacheError(f"{data} does not know category {min(unknown)}, which {run} detects")
+    task = DetectionTask(model, None, truth=truth, held_out=annotations, categories=categories, device=place)
+    with torch.no_grad():
+        results = task.detect(model, annotations)
+    if out is not None:
+        write_durably(out, json.dumps(results).encode())
+    return scores(truth, results, range(len(annotations)))
+
+
+def _open(path: Path, images: Path) -> CocoAnnotations:
+    annotations: Annotations = open_annotations(path, images)
+    if not isinstance(annotations, CocoAnnotations) or not annotations.categories:
+        raise SamiCacheError(f"{path} names no categories: a detector learns from COCO-format JSON that does")
+    return annotations
