@@ -131,6 +131,8 @@ def work_off(place: Place, arms: Arms, seeds: int, *, processes: int, seconds: f
                     running[job] = spawn(place, arms, job)
             time.sleep(POLL if running else 0)
             failed |= reap(running)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
     finally:
         for process in running.values():
             process.terminate()  # a training writes a checkpoint first
@@ -157,6 +159,7 @@ def reap(running: dict[Job, BaseProcess]) -> set[Job]:
 
 def start(place: Place, arms: Arms, job: Job, *, in_this_process: bool = False) -> None:
     if not in_this_process:
+        os.setpgrp()  # Ctrl-C reaches the parent alone, which asks each child once: asked twice, a training gives up at once
         torch.set_num_threads(place.threads)
     began = time.perf_counter()
     try:
@@ -216,6 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.report:
         print(write_report(place, ARMS, given.out))
         return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the children are to stop too
     missing = work_off(place, arms, given.seeds, processes=processes, seconds=given.budget)
     if missing:
         print(f"missing ({len(missing)}): {'; '.join(map(str, missing))}\nThe same command goes on from here.")
