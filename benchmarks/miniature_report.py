@@ -253,6 +253,6 @@ Judged on {judged}, of which no cache holds any (checked by pixels and by keys).
 held-out training images, the same search for features and pixels. k-NN: 20 neighbours by cosine, all training images.
 
 ± is half the 95 % interval over seeds (Student's t). "less X" is paired: the same seed, hence the same initialisation of the
-encoder, order, flips and masks (photographs are other images); bold where zero lies outside its interval. Seeds as k/n: probed,
-fine-tuned.
+encoder, order, flips and masks (recorded views and photographs come in an order of their own); bold where zero lies outside the
+interval. Seeds as k/n: probed, fine-tuned.
 """.splitlines()

@@ -59,8 +59,8 @@ class Recipe:
     """Peak learning rate of pretraining towards features."""
     lr_pixels: float = 2e-3
     """The same towards pixels: chosen by the same search, of the same rates."""
-    fine_steps: int = 400
-    fine_lr: float = 1e-3
+    fine_steps: int = 300
+    fine_lr: float = 2e-3
     """Peak learning rate of fine-tuning, one for all arms."""
     decoder_width: int = 96
     decoder_depth: int = 2
