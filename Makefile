@@ -4,7 +4,7 @@ BIN = .venv/bin
 # Two threads that wait for each other by spinning are up to five times slower on a machine that is shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow bench-gpu lint
+.PHONY: demo test test-slow bench-gpu miniature lint
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -22,6 +22,16 @@ test-slow: .venv/installed
 
 bench-gpu: .venv/installed
 	$(BIN)/python benchmarks/gpu.py
+
+# The paper's tables on CIFAR-10: make miniature CIFAR=DIR PHOTOS=DIR. Repeated, it goes on; then it writes the report.
+WORK ?= miniature
+BUDGET ?= 3h
+SEEDS ?= 3
+miniature: .venv/installed
+	$(if $(and $(CIFAR),$(PHOTOS)),,$(error make miniature CIFAR=DIR PHOTOS=DIR [WORK=DIR BUDGET=3h SEEDS=3 ARMS="sami mae"]))
+	-$(BIN)/python benchmarks/miniature.py --cifar '$(CIFAR)' --photos '$(PHOTOS)' --work '$(WORK)' --budget $(BUDGET) \
+		--seeds $(SEEDS) $(if $(ARMS),--arms $(ARMS))
+	$(BIN)/python benchmarks/miniature.py --cifar '$(CIFAR)' --photos '$(PHOTOS)' --work '$(WORK)' --report
 
 lint: .venv/installed
 	$(BIN)/ruff check .

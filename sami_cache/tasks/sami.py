@@ -130,12 +130,15 @@ class OnlineTargets(nn.Module):
         self.scale = 1.0
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterator[Batch], count: int, device: torch.device) -> None:
-        """Measure mean and variance, which a cache knows from its extraction, on about `count` samples."""
+    def calibrate(self, batches: Iterator[Batch], count: int, device: torch.device, grid: int = 14) -> None:
+        """Measure mean and variance, which a cache knows from its extraction, on about `count` samples.
+
+        `grid`: the student's; between other grids the variance differs by what resampling smooths away.
+        """
         total, squares, positions, seen = torch.zeros(self.channels).double(), 0.0, 0, 0
         with closing(batches):  # type: ignore[type-var]
             for batch in batches:
-                features = self._embed(batch, device, 14).cpu().double()
+                features = self._embed(batch, device, grid).cpu().double()
                 total += features.sum((0, 1))
                 squares += float(features.square().sum())
                 positions += features.shape[0] * features.shape[1]
