@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from pipelines.recipes import VITDET_COCO
 from pipelines.running import Prepared, RunOptions, run_task, step_options, train_config
@@ -16,7 +17,7 @@ from sami_cache.data.annotations import Annotations, CocoAnnotations, open_annot
 from sami_cache.errors import SamiCacheError
 from sami_cache.inference.average_precision import Truth
 from sami_cache.models.detector import Detector
-from sami_cache.models.pyramid import GLOBAL_BLOCKS, WINDOW, SimpleFeaturePyramid, layer_scale
+from sami_cache.models.pyramid import CHANNELS, GLOBAL_BLOCKS, WINDOW, SimpleFeaturePyramid, layer_scale
 from sami_cache.steps import PictureSteps
 from sami_cache.store.files import write_durably
 from sami_cache.tasks.detection import DetectionTask, JitterConfig, category_of, examples, scores
@@ -49,8 +50,12 @@ class DetectionTrainingConfig(RunOptions):
     """Of the learning rate, from block to block. The paper names none; ViTDet's for a base model is 0.7."""
     drop_path: float = 0.0
     """Of the encoder. The paper names none; ViTDet's for a base model is 0.1."""
+    channels: int = CHANNELS
+    """Of the pyramid and the heads."""
     detections: int = 100
     """At most, in a picture."""
+    regions: int = 512
+    """Of a picture, that the heads learn from in a step."""
     epochs: float = VITDET_COCO.epochs
     warmup_epochs: float = VITDET_COCO.warmup_epochs
     batch_size: int = VITDET_COCO.batch_size
@@ -93,9 +98,9 @@ def prepare(config: DetectionTrainingConfig, device: torch.device) -> Prepared:
         "global_blocks": config.global_blocks,
         "classes": len(categories),
         "detections": config.detections,
+        "channels": config.channels,
     }
-    pyramid = SimpleFeaturePyramid(encoder, window=config.window, global_blocks=config.global_blocks)
-    model = Detector(pyramid, len(categories), image_size=config.image_size, detections=config.detections)
+    model = _detector(encoder, shape, regions=config.regions)
     train = train_config(config, len(annotations), device, micro_batch=MICRO_BATCH, evaluates=held_out is not None)
     classes = {category: label for label, category in enumerate(categories, 1)}
     make = examples(annotations, classes, config.image_size, config.jitter, config.seed)
@@ -114,6 +119,7 @@ def prepare(config: DetectionTrainingConfig, device: torch.device) -> Prepared:
         "detector": shape,
         "categories": {str(category): annotations.categories[category] for category in categories},
         "jitter": asdict(config.jitter),
+        "regions": config.regions,
         "layer_decay": config.layer_decay,
         "drop_path": config.drop_path,
         "steps_per_epoch": steps.steps_per_epoch,
@@ -135,13 +141,19 @@ def open_detector(run: Path, device: torch.device | str = "cpu") -> tuple[Detect
     checkpoint = load_newest(run / "checkpoints") if (run / "checkpoints").is_dir() else None
     if checkpoint is None or "detector" not in checkpoint.config:
         raise SamiCacheError(f"{run}: no run of `sami-cache finetune detection` with a checkpoint is there")
-    own = dict(checkpoint.config["detector"])
-    size, window, every = own["image_size"], own["window"], own["global_blocks"]
-    encoder = start_encoder(None, own["student"], image_size=size, **own["shape"])[0]
-    pyramid = SimpleFeaturePyramid(encoder, window=window, global_blocks=every)
-    model = Detector(pyramid, own["classes"], image_size=size, detections=own["detections"])
+    shape = checkpoint.config["detector"]
+    encoder = start_encoder(None, shape["student"], image_size=shape["image_size"], **shape["shape"])[0]
+    model = _detector(encoder, shape)
     put_weights(model, checkpoint.model, f"the checkpoint of step {checkpoint.step} of {run}")
     return model.to(device).eval(), checkpoint
+
+
+def _detector(encoder: VisionTransformer, shape: dict[str, Any], **training: Any) -> Detector:
+    pyramid = SimpleFeaturePyramid(
+        encoder, channels=shape["channels"], window=shape["window"], global_blocks=shape["global_blocks"]
+    )
+    size, detections = shape["image_size"], shape["detections"]
+    return Detector(pyramid, shape["classes"], image_size=size, detections=detections, **training)
 
 
 def evaluate_detection(

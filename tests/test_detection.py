@@ -21,15 +21,18 @@ CPU = torch.device("cpu")
 SHAPE = {"depth": 2, "embed_dim": 32, "num_heads": 2}
 
 
-def config(run, data, **changes) -> DetectionTrainingConfig:
+def config(run, folder, **changes) -> DetectionTrainingConfig:
     fields = {
         "run": run,
-        "data": data / "instances.json",
-        "images": data,
+        "data": folder / "instances.json",
+        "images": folder,
         "shape": SHAPE,
         "image_size": 64,
         "global_blocks": 1,
         "window": 2,
+        "channels": 32,
+        "regions": 32,
+        "detections": 20,
         "jitter": JitterConfig(smallest=1.0, largest=1.0),
         "steps": 2,
         "warmup_steps": 0,
@@ -105,8 +108,8 @@ def test_detections_come_back_to_the_picture():
     assert all_of_it["bbox"] == [0, 0, 128, 80]
     from pycocotools import mask as coco_mask
 
-    assert coco_mask.area(half["segmentation"]) == pytest.approx(64 * 80, rel=0.05)
-    assert coco_mask.area(all_of_it["segmentation"]) == pytest.approx(128 * 80, rel=0.05)
+    assert float(coco_mask.area(half["segmentation"])) == pytest.approx(64 * 80, rel=0.05)
+    assert float(coco_mask.area(all_of_it["segmentation"])) == pytest.approx(128 * 80, rel=0.05)
 
 
 def test_a_step_may_be_cut_into_any_parts(data, tmp_path):

@@ -47,8 +47,16 @@ class Detector(nn.Module):
     that was sampled in a batch would weigh a picture by whom it shares the batch with.
     """
 
-    def __init__(self, backbone: SimpleFeaturePyramid, classes: int, *, image_size: int, detections: int = 100) -> None:
-        """`classes`: without the background. `detections`: at most so many are found in a picture."""
+    def __init__(
+        self, backbone: SimpleFeaturePyramid, classes: int, *, image_size: int, detections: int = 100, regions: int = 512
+    ) -> None:
+        """Heads are as wide as the pyramid.
+
+        Args:
+            classes: without the background.
+            detections: at most so many are found in a picture.
+            regions: so many of the proposed ones the heads learn from in a picture.
+        """
         super().__init__()
         self.backbone, self.classes, self.image_size = backbone, classes, image_size
         width = backbone.out_channels
@@ -66,22 +74,22 @@ class Detector(nn.Module):
             nms_thresh=0.7,
         )
         norm = cast(Any, LayerNorm2d)
-        box_head = FastRCNNConvFCHead((width, 7, 7), [256] * 4, [1024], norm_layer=norm)
+        box_head = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [4 * width], norm_layer=norm)
         self.roi_heads = RoIHeads(
             MultiScaleRoIAlign(list(LEVELS), 7, 2),
             box_head,
-            FastRCNNPredictor(1024, classes + 1),
+            FastRCNNPredictor(4 * width, classes + 1),
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
-            batch_size_per_image=512,
+            batch_size_per_image=regions,
             positive_fraction=0.25,
             bbox_reg_weights=None,
             score_thresh=0.05,
             nms_thresh=0.5,
             detections_per_img=detections,
             mask_roi_pool=MultiScaleRoIAlign(list(LEVELS), 14, 2),
-            mask_head=MaskRCNNHeads(width, [256] * 4, 1, norm_layer=norm),
-            mask_predictor=MaskRCNNPredictor(256, 256, classes + 1),
+            mask_head=MaskRCNNHeads(width, [width] * 4, 1, norm_layer=norm),
+            mask_predictor=MaskRCNNPredictor(width, width, classes + 1),
         )
 
     def forward(
