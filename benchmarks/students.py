@@ -46,6 +46,7 @@ from sami_cache.data.images import decode_jpeg
 from sami_cache.data.views import View, crop_embeddings
 from sami_cache.loader import Batch, Loader, LoaderConfig
 from sami_cache.models.students import SAMI, create_encoder
+from sami_cache.probing import knn_accuracy, linear_accuracy
 from sami_cache.processes import keep_freed_memory
 from sami_cache.samples import CacheSamples, OpenShard, Samples
 from sami_cache.store.cache import Cache, choose_layout
@@ -324,24 +325,8 @@ def probe_encoder(model: SAMI | None, labelled: Loader, features: np.ndarray | N
     labels = torch.tensor([labelled.samples.labels[number] or 0 for number in numbers])
     held = torch.tensor([labelled.samples.keys[number].startswith("test") for number in numbers])
     x = (x - x[~held].mean(0)) / (x[~held].std(0) + 1e-6)
-    one_hot = F.one_hot(labels, 10).float()
-    unit = F.normalize(x, dim=1)
-    near = (unit[held] @ unit[~held].T).topk(20, dim=1)
-    votes = ((near.values / 0.07).exp()[..., None] * one_hot[~held][near.indices]).sum(1)
-    with torch.enable_grad():
-        layer = nn.Linear(x.shape[1], 10)
-        nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
-        optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(layer(x[~held]), labels[~held]) + 1e-3 * layer.weight.square().sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-    right = {"knn": votes, "linear": layer(x[held])}
-    return {name: float((score.argmax(1) == labels[held]).float().mean()) for name, score in right.items()}
+    given = x[~held], labels[~held], x[held], labels[held]
+    return {"knn": knn_accuracy(*given), "linear": linear_accuracy(*given)}
 
 
 @lru_cache(maxsize=1)
