@@ -1,10 +1,11 @@
-"""Commands that fine-tune a pretrained student for a task: finetune promptable."""
+"""Commands that fine-tune a pretrained student for a task: finetune promptable, finetune classification."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cli import finetune_classification_command
 from cli import finetune_options as options
 from cli.cache_commands import Device, Grace, Workers
 from cli.output import TrainingLines, duration
@@ -19,6 +20,7 @@ def register(app: typer.Typer) -> None:
         "`--data sa1b/`; from a cache of SAM's embeddings, with SAM's own decoder: `sami-cache finetune promptable "
         "--from-cache sam.zarr --init runs/vit_s --decoder sam_vit_h_4b8939.pth`; then `--init runs/promptable` with `--data`"
     )(promptable)
+    finetune.command(epilog=finetune_classification_command.EPILOG)(finetune_classification_command.classification)
     app.add_typer(finetune, name="finetune")
 
 

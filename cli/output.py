@@ -104,6 +104,8 @@ class TrainingLines:
             text += f"  held-out loss {line['heldout_loss']:.4f}, cosine {line['heldout_cosine']:.4f}"
         if "heldout_box_miou" in line:
             text += f"  held-out mIoU: box {line['heldout_box_miou']:.3f}, 1 click {line['heldout_click_miou']:.3f}"
+        if "heldout_top1" in line:
+            text += f"  held-out top-1 {100 * line['heldout_top1']:.2f} %, loss {line['heldout_loss']:.4f}"
         if line["step"] and line["step"] < self.steps:
             text += f"  {duration(line['seconds'] / line['step'] * (self.steps - line['step']))} left"
         print(text, file=sys.stderr, flush=True)
