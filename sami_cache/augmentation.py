@@ -125,11 +125,11 @@ class Mixing:
             np.random.set_state(before)
 
 
-def evaluation_view(size: int, crop_ratio: float) -> Callable[[Image.Image], Tensor]:
-    """A picture as uint8 [3, size, size]: the short side resized to size / crop_ratio (256 for 224 at 0.875), the middle cut."""
+def evaluation_view(size: int, crop_ratio: float, interpolation: str = "bicubic") -> Callable[[Image.Image], Tensor]:
+    """A picture as uint8 [3, size, size]: the short side resized to size / crop_ratio (256 for 224 at 0.875), its middle."""
     if not 0 < crop_ratio <= 1:
         raise SamiCacheError(f"--crop-ratio {crop_ratio}: expected a share above 0, up to 1; 0.875 resizes to 256 for 224")
-    return transforms_imagenet_eval(size, crop_pct=crop_ratio, interpolation="bicubic", use_prefetcher=True)  # type: ignore[return-value]
+    return transforms_imagenet_eval(size, crop_pct=crop_ratio, interpolation=interpolation, use_prefetcher=True)  # type: ignore[return-value]
 
 
 class _Draws(threading.local):

@@ -17,7 +17,7 @@ from sami_cache.errors import SamiCacheError
 
 K = 20
 TEMPERATURE = 0.07
-PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """What the squared weights of the linear probe may be multiplied with, the strongest first."""
 _SIMILARITIES_AT_ONCE = 1 << 25
 _ITERATIONS = 100

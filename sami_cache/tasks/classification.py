@@ -80,9 +80,10 @@ class ClassificationTask:
         view: Callable[[Any], Tensor] | None = None,
         evaluation_batch: int = 32,
     ) -> None:
-        """`mean`, `std`: of R, G, B in 0..1. `held_out`: what is evaluated on, of it the pictures `numbers`, as `view` shows them.
-
-        Where several processes train, `numbers` is this one's share.
+        """
+        Args:
+            mean, std: of R, G, B in 0..1.
+            held_out: what is evaluated on, of it the pictures `numbers` (this process's share), as `view` shows them.
         """
         self.model: nn.Module = model
         self.steps, self.mixing, self.device = steps, mixing, device
