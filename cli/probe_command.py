@@ -15,8 +15,8 @@ def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
     app.command(
         epilog="Examples: `sami-cache probe runs/vit_t --train cifar10/train.parquet --test cifar10/test.parquet`; the "
-        "ceiling: `sami-cache probe --teacher efficientnet_lite0 --train train/ --test test/`; the floor: `--student vit_t`; others: "
-        "`sami-cache probe timm:vit_small_patch16_224.dino --train imagenet/train --test imagenet/val --k 10,20`"
+        "ceiling: `sami-cache probe --teacher efficientnet_lite0 --train train/ --test test/`; the floor: `--student vit_t`; "
+        "others: `sami-cache probe timm:vit_small_patch16_224.dino --train imagenet/train --test imagenet/val --k 10,20`"
     )(probe)
 
 

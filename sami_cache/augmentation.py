@@ -39,15 +39,10 @@ class AugmentConfig:
     """Share of a label that is spread over all classes."""
 
     def __post_init__(self):
-        for name, low, high in (
-            ("crop", 1e-4, 1),
-            ("flip", 0, 1),
-            ("mixup", 0, 1e3),
-            ("cutmix", 0, 1e3),
-            ("smoothing", 0, 0.99),
-        ):
+        limits = {"crop": (1e-4, 1), "flip": (0, 1), "mixup": (0, 1e3), "cutmix": (0, 1e3), "smoothing": (0, 0.99)}
+        for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
-                raise SamiCacheError(f"{name} is {getattr(self, name)}: expected {low:g} to {high:g}")
+                raise SamiCacheError(f"--{name} {getattr(self, name)}: expected {low:g} to {high:g}")
 
     @property
     def mixes(self) -> bool:

@@ -126,7 +126,9 @@ def bootstrap_interval(right: int, count: int, *, seed: int = 0, draws: int = 10
 def _solve(x: Tensor, labels: Tensor, classes: int, penalty: float, start: Tensor | None) -> Tensor:
     """Weights and bias, float32 [classes, D + 1], of standardised features."""
     weights = (torch.zeros(classes, x.shape[1] + 1, device=x.device) if start is None else start.clone()).requires_grad_()
-    optimizer = torch.optim.LBFGS([weights], max_iter=_ITERATIONS, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weights], history_size=10, max_iter=_ITERATIONS, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> float:
         optimizer.zero_grad()
