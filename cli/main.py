@@ -18,6 +18,7 @@ from cli import (
     export_commands,
     finetune_commands,
     inspect_command,
+    probe_command,
     segment_commands,
     train_commands,
 )
@@ -40,6 +41,7 @@ train_commands.register(app)
 segment_commands.register(app)
 finetune_commands.register(app)
 evaluate_commands.register(app)
+probe_command.register(app)
 export_commands.register(app)
 demo_commands.register(app)
 

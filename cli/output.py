@@ -106,6 +106,8 @@ class TrainingLines:
             text += f"  held-out mIoU: box {line['heldout_box_miou']:.3f}, 1 click {line['heldout_click_miou']:.3f}"
         if "heldout_box_AP" in line:
             text += f"  held-out AP: box {100 * line['heldout_box_AP']:.1f}, mask {100 * line['heldout_mask_AP']:.1f}"
+        if "heldout_top1" in line:
+            text += f"  held-out top-1 {100 * line['heldout_top1']:.2f} %, loss {line['heldout_loss']:.4f}"
         if line["step"] and line["step"] < self.steps:
             text += f"  {duration(line['seconds'] / line['step'] * (self.steps - line['step']))} left"
         print(text, file=sys.stderr, flush=True)

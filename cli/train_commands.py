@@ -161,13 +161,19 @@ def export(
         Path | None, typer.Option(help="The file. Default: RUN/<timm name>.safetensors; promptable: RUN/<family>_<student>.pt.")
     ] = None,
 ) -> None:
-    """Write a run's encoder as safetensors that load strictly into stock timm; of a promptable model, all of it.
+    """Write a run's encoder or classifier as safetensors that load strictly into stock timm; of a promptable model, all of it.
 
     Family efficientsam is written in the layout of the released EfficientSAM, family sam in Meta's.
     """
     from pipelines.export import export as stage
-    from pipelines.export import export_promptable, is_promptable
+    from pipelines.export import export_classifier, export_promptable, is_classifier, is_promptable
 
+    if is_classifier(run):
+        model = export_classifier(run, out)
+        classes = model.options["num_classes"]
+        typer.echo(f"{model.path}: {size(model.bytes)}, {classes} classes, step {model.step} of {model.steps}.")
+        typer.echo(f"Loads strictly into stock timm:\n  {model.load_line}")
+        return
     if is_promptable(run):
         whole = export_promptable(run, out)
         typer.echo(

@@ -1,4 +1,4 @@
-"""What a run has trained, as one file: an encoder that stock timm loads, or a whole promptable model."""
+"""What a run has trained, as one file: an encoder or a classifier that stock timm loads, or a whole promptable model."""
 
 import io
 import json
@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from pipelines.finetune_classification import open_classifier, timm_model
 from pipelines.promptable import open_promptable
 from sami_cache import __version__
 from sami_cache.checkpoints import Checkpoint, load_newest, put_weights
@@ -89,6 +90,68 @@ def export(run: Path, out: Path | None = None) -> ExportResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClassifierExport:
+    """A classifier that was written, and how to load it."""
+
+    path: Path
+    timm_name: str
+    options: dict[str, Any]
+    """Of `timm.create_model`, beside the name."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    bytes: int
+    step: int
+    steps: int
+    written: bool
+    """False: the very same export was there already."""
+
+    @property
+    def load_line(self) -> str:
+        """The line of Python that loads it."""
+        own = {**self.options, "checkpoint_path": str(self.path)}
+        options = ", ".join(f"{name}={value!r}" for name, value in own.items())
+        return (
+            f"timm.create_model({self.timm_name!r}, {options}, pretrained_cfg_overlay=dict(mean={self.mean}, std={self.std}))"
+        )
+
+
+def export_classifier(run: Path, out: Path | None = None) -> ClassifierExport:
+    """Write the model of a `finetune classification` run, by default to RUN/<timm name>.safetensors.
+
+    `out` and what is there already are treated as by `export`. The header's `class_names` is a JSON list, or null where the
+    data named none; `options` says, as JSON, what `timm.create_model` is given.
+    """
+    model, checkpoint = open_classifier(run)
+    own = checkpoint.config["classification"]
+    timm_name, options = timm_model(own)
+    path = _target(run, out, f"{timm_name}.safetensors")
+    weights = {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in model.encoder.state_dict().items()}
+    mean, std = tuple(own["mean"]), tuple(own["std"])
+    metadata = {
+        "format": "pt",
+        "timm": timm_name,
+        "options": json.dumps(options),
+        "student": own["student"],
+        "class_names": json.dumps(own["class_names"]),
+        "step": str(checkpoint.step),
+        "steps": str(checkpoint.config["train"]["steps"]),
+        "input": f"RGB in 0..1, mean {mean}, std {std}; evaluated on the middle {own['crop_ratio']} of the short side",
+        "sami_cache": __version__,
+    }
+    return ClassifierExport(
+        path=path,
+        timm_name=timm_name,
+        options=options,
+        mean=mean,
+        std=std,
+        step=checkpoint.step,
+        steps=checkpoint.config["train"]["steps"],
+        written=_write(path, weights, metadata, timm_name, **options),
+        bytes=path.stat().st_size,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptableExport:
     """A promptable model that was written."""
 
@@ -135,8 +198,17 @@ def export_promptable(run: Path, out: Path | None = None) -> PromptableExport:
 
 def is_promptable(run: Path) -> bool:
     """Whether the folder is a run of `finetune promptable`, as far as its settings say."""
+    return _has_settings(run, "segment_anything")
+
+
+def is_classifier(run: Path) -> bool:
+    """Whether the folder is a run of `finetune classification`, as far as its settings say."""
+    return _has_settings(run, "classification")
+
+
+def _has_settings(run: Path, name: str) -> bool:
     try:
-        return "segment_anything" in json.loads((run / "config.json").read_text())["config"]
+        return name in json.loads((run / "config.json").read_text())["config"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -163,7 +235,7 @@ def _target(run: Path, out: Path | None, name: str, endings: tuple[str, ...] = (
     return path
 
 
-def _write(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any], timm_name: str) -> bool:
+def _write(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any], timm_name: str, **options: Any) -> bool:
     """Make `path` these weights, checked; False if it was so already."""
     if path.exists():
         if _holds(path, weights, metadata):
@@ -176,7 +248,7 @@ def _write(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any], tim
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(temporary, save(weights, metadata))
-        timm.create_model(timm_name).load_state_dict(load_file(temporary), strict=True)
+        timm.create_model(timm_name, **options).load_state_dict(load_file(temporary), strict=True)
         temporary.rename(path)
         fsync_directory(path.parent)
     except OSError as error:

@@ -1,5 +1,6 @@
 """Where the weights of an encoder that is fine-tuned come from: a run of ours, its export, timm, or nowhere."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,9 +14,11 @@ from sami_cache.checkpoints import load_newest
 from sami_cache.errors import SamiCacheError
 from sami_cache.models.students import STUDENTS, create_encoder
 from sami_cache.models.weights import State, load_strictly, read_state
+from sami_cache.tasks.sami import IMAGENET_MEAN, IMAGENET_STD
 
 WIDTHS = {192: "vit_t", 384: "vit_s", 768: "vit_b"}
 TIMM = "timm:"
+RGB = tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +36,9 @@ class Start:
 def open_start(init: str | Path | None) -> Start | None:
     """The encoder that `init` names; None where it is none of these, or None itself.
 
-    A run's folder of `sami-cache train`; a file of `sami-cache export`, or any file with the weights of a timm ViT that has a
-    student's width; `timm:NAME`, timm's own pretrained weights of that model, from the hub or its cache. Raises SamiCacheError
-    where it is not there or cannot be read.
+    A run's folder of `sami-cache train` or `finetune classification`; a file of `sami-cache export`, or any file with the
+    weights of a timm ViT that has a student's width; `timm:NAME`, timm's own pretrained weights of that model, from the hub or
+    its cache. Raises SamiCacheError where it is not there or cannot be read.
     """
     if init is None:
         return None
@@ -44,11 +47,15 @@ def open_start(init: str | Path | None) -> Start | None:
     path = Path(init)
     if (path / "config.json").exists() and (path / "checkpoints").exists():
         checkpoint = load_newest(path / "checkpoints")
-        if checkpoint is None or "decoder" not in checkpoint.config or "student" not in checkpoint.config:
+        if checkpoint is None:
+            return None
+        config = checkpoint.config
+        student = config.get("classification", {}).get("student") or ("decoder" in config and config.get("student"))
+        if not student:
             return None
         own = {name[8:]: value for name, value in checkpoint.model.items() if name.startswith("encoder.")}
-        return Start(student=checkpoint.config["student"], state=own, source=f"{path}, step {checkpoint.step}")
-    state = {name: value for name, value in read_state(path).items() if not name.startswith("head.")}
+        return Start(student=student, state=_without_head(own), source=f"{path}, step {checkpoint.step}")
+    state = _without_head(read_state(path))
     width = state["cls_token"].shape[-1] if "cls_token" in state and "blocks.0.norm1.weight" in state else None
     student = WIDTHS.get(width or 0)
     return None if student is None else Start(student=student, state=state, source=str(path))
@@ -87,6 +94,31 @@ def start_encoder(
         state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], list(grid), num_prefix_tokens=encoder.num_prefix_tokens)
     load_strictly(encoder, state, start.source)
     return encoder, name, start.source
+
+
+def start_constants(init: str | Path | None) -> tuple[RGB, RGB]:
+    """Mean and standard deviation, of R, G, B in 0..1, of the pixels that these weights have seen.
+
+    timm's weights have their own, a run of `finetune classification` those that it started with; all others ImageNet's.
+    """
+    if init is None:
+        return IMAGENET_MEAN, IMAGENET_STD
+    if str(init).startswith(TIMM):
+        config = timm.get_pretrained_cfg(str(init).removeprefix(TIMM))
+        return (IMAGENET_MEAN, IMAGENET_STD) if config is None else (_rgb(config.mean), _rgb(config.std))
+    settings = Path(init) / "config.json"
+    own = json.loads(settings.read_text())["config"].get("classification") if settings.exists() else None
+    return (_rgb(own["mean"]), _rgb(own["std"])) if own else (IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _rgb(values: Any) -> RGB:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+def _without_head(state: State) -> State:
+    """A classifier's weights as an encoder's: what normalised the mean of its tokens becomes the norm of each."""
+    return {name.replace("fc_norm.", "norm."): value for name, value in state.items() if not name.startswith("head.")}
 
 
 def _from_timm(name: str) -> Start:

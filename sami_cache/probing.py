@@ -17,7 +17,7 @@ from sami_cache.errors import SamiCacheError
 
 K = 20
 TEMPERATURE = 0.07
-PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """What the squared weights of the linear probe may be multiplied with, the strongest first."""
 _SIMILARITIES_AT_ONCE = 1 << 25
 _ITERATIONS = 100
@@ -126,7 +126,9 @@ def bootstrap_interval(right: int, count: int, *, seed: int = 0, draws: int = 10
 def _solve(x: Tensor, labels: Tensor, classes: int, penalty: float, start: Tensor | None) -> Tensor:
     """Weights and bias, float32 [classes, D + 1], of standardised features."""
     weights = (torch.zeros(classes, x.shape[1] + 1, device=x.device) if start is None else start.clone()).requires_grad_()
-    optimizer = torch.optim.LBFGS([weights], max_iter=_ITERATIONS, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weights], history_size=10, max_iter=_ITERATIONS, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> float:
         optimizer.zero_grad()
