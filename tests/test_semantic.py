@@ -137,7 +137,7 @@ def test_no_class_fills_a_crop_where_another_would_do():
         top, left = choose_crop(labels, 40, 0.75, np.random.default_rng(seed))
         part = labels[top : top + 40, left : left + 40]
         shares.append((part == 0).mean())
-    assert np.mean(np.array(shares) <= 0.75) > 0.8  # of crops drawn once, a third
+    assert np.mean(np.array(shares) <= 0.75) > 0.6  # of crops drawn once, a sixth
 
 
 def test_scores_are_those_of_scikit_learn():
