@@ -161,18 +161,29 @@ def export(
         Path | None, typer.Option(help="The file. Default: RUN/<timm name>.safetensors; promptable: RUN/<family>_<student>.pt.")
     ] = None,
 ) -> None:
-    """Write a run's encoder or classifier as safetensors that load strictly into stock timm; of a promptable model, all of it.
+    """Write a run's encoder or classifier as safetensors that load strictly into stock timm; of other models, all of it.
 
     Family efficientsam is written in the layout of the released EfficientSAM, family sam in Meta's.
     """
     from pipelines.export import export as stage
-    from pipelines.export import export_classifier, export_promptable, is_classifier, is_promptable
+    from pipelines.export import (
+        export_classifier,
+        export_promptable,
+        export_task_model,
+        is_classifier,
+        is_promptable,
+        is_task_model,
+    )
 
     if is_classifier(run):
         model = export_classifier(run, out)
         classes = model.options["num_classes"]
         typer.echo(f"{model.path}: {size(model.bytes)}, {classes} classes, step {model.step} of {model.steps}.")
         typer.echo(f"Loads strictly into stock timm:\n  {model.load_line}")
+        return
+    if is_task_model(run):
+        path, written = export_task_model(run, out)
+        typer.echo(f"{path}: {size(path.stat().st_size)}, {len(written.state)} tensors, {written.source}.")
         return
     if is_promptable(run):
         whole = export_promptable(run, out)

@@ -12,7 +12,8 @@ from PIL import Image
 from pipelines.recipes import MASK2FORMER_ADE20K as ADE20K
 from pipelines.running import Prepared, RunOptions, run_task, step_options, train_config
 from pipelines.starts import start_encoder
-from sami_cache.checkpoints import Checkpoint, load_newest, put_weights
+from pipelines.task_models import find_task_model
+from sami_cache.checkpoints import put_weights
 from sami_cache.data.semantic import IGNORED, SegmentedPictures
 from sami_cache.errors import SamiCacheError
 from sami_cache.models.pyramid import CHANNELS, GLOBAL_BLOCKS, SimpleFeaturePyramid
@@ -141,16 +142,14 @@ def find_classes(parts: list[SegmentedPictures], file: Path | None, ignored: fro
     return names
 
 
-def open_segmenter(run: Path, device: torch.device | str = "cpu") -> tuple[Segmenter, Checkpoint]:
-    """The model of a run's newest intact checkpoint, in evaluation mode, and the checkpoint with the run's settings."""
-    checkpoint = load_newest(run / "checkpoints") if (run / "checkpoints").is_dir() else None
-    if checkpoint is None or "semantic" not in checkpoint.config:
-        raise SamiCacheError(f"{run}: no run of `sami-cache finetune semantic` with a checkpoint is there")
-    shape = checkpoint.config["semantic"]
+def open_segmenter(run_or_file: Path, device: torch.device | str = "cpu") -> tuple[Segmenter, dict[str, Any]]:
+    """The model of a run's newest intact checkpoint or of its export, in evaluation mode, and its settings."""
+    found = find_task_model(run_or_file, "semantic")
+    shape = found.settings
     encoder = start_encoder(None, shape["student"], image_size=shape["image_size"], **shape["shape"])[0]
     model = _segmenter(encoder, shape)
-    put_weights(model, checkpoint.model, f"the checkpoint of step {checkpoint.step} of {run}")
-    return model.to(device).eval(), checkpoint
+    put_weights(model, found.state, found.source)
+    return model.to(device).eval(), shape
 
 
 def evaluate_semantic(run: Path, data: Path, masks: Path, *, out: Path | None = None, device: str = "auto") -> dict[str, float]:
@@ -158,8 +157,7 @@ def evaluate_semantic(run: Path, data: Path, masks: Path, *, out: Path | None = 
     if out is not None and out.exists():
         raise SamiCacheError(f"{out} is there: nothing was overwritten. Remove it, or write to another folder with --out")
     place_on = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
-    model, checkpoint = open_segmenter(run, place_on)
-    shape = checkpoint.config["semantic"]
+    model, shape = open_segmenter(run, place_on)
     numbers = [int(number) for number in shape["classes"]]
     place = {number: label for label, number in enumerate(numbers)}
     pictures = SegmentedPictures(data, masks)

@@ -11,6 +11,7 @@ from sklearn.metrics import confusion_matrix as reference_confusion
 from typer.testing import CliRunner
 
 from cli.main import app
+from pipelines.finetune_detection import open_detector
 from pipelines.finetune_semantic import (
     SemanticTrainingConfig,
     evaluate_semantic,
@@ -234,5 +235,13 @@ def test_a_few_pictures_are_learnt_measured_and_predicted(data, tmp_path):
     predicted = np.concatenate([np.array(Image.open(path)).ravel() for path in sorted((tmp_path / "out").rglob("*.png"))])
     known = truth != 0
     assert jaccard_score(truth[known], predicted[known], average="macro") == pytest.approx(found["heldout_miou"])
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    model, settings = open_segmenter(tmp_path / "run" / "semantic_vit_t.safetensors")
+    assert settings["classes"] == {"3": "3", "7": "7", "200": "200"}
+    of_run = open_segmenter(tmp_path / "run")[0].state_dict()
+    assert all(torch.equal(value, of_run[name]) for name, value in model.state_dict().items())
+    with pytest.raises(SamiCacheError, match="expected an export of a `finetune detection` run"):
+        open_detector(tmp_path / "run" / "semantic_vit_t.safetensors")
     with pytest.raises(SamiCacheError, match="nothing was overwritten"):
         evaluate_semantic(tmp_path / "run", data / "images", data / "masks", out=tmp_path / "out", device="cpu")
