@@ -36,8 +36,8 @@ class Limits:
     """Requests that wait for the model."""
     points: int = 100
     """Clicks in one question."""
-    side: int = 1024
-    """Longest side, in pixels, at which masks are sent; SAM's input has no more. Downloads are as large as the picture."""
+    side: int = 640
+    """Longest side, in pixels, at which masks are sent; the model's own have 256. Downloads are as large as the picture."""
     photo_side: int = 2048
     """Longest side at which the picture itself is shown."""
 

@@ -30,7 +30,7 @@ from sami_cache.inference.average_precision import (
 )
 from sami_cache.inference.measuring import BoxItself, ModelSegmenter, Segmenter, measure_objects, segment_boxes
 from sami_cache.inference.protocols import MAX_CLICKS, Protocol
-from sami_cache.models.segment_anything import SegmentAnything
+from sami_cache.models.segment_anything import EFFICIENTSAM_POINTS, SegmentAnything
 from sami_cache.processes import StopSignal
 from sami_cache.store.files import disk_full_as_error, fsync_directory, write_durably
 
@@ -116,6 +116,10 @@ def _measure(
         raise SamiCacheError(
             "the box itself as the mask answers no clicks: add box to --prompts, or give a detector's --boxes."
         )
+    if model is not None and model.config.family == "efficientsam":
+        for prompt in prompts:
+            if prompt != "box" and int(prompt) > EFFICIENTSAM_POINTS:
+                raise SamiCacheError(f"prompt {prompt}: a model of family efficientsam takes {EFFICIENTSAM_POINTS} clicks")
     protocol = replace(config.protocol, previous_mask=config.protocol.previous_mask and segmenter.takes_masks)
 
     tally = _Tally(segmenter, prompts, protocol)
@@ -173,6 +177,8 @@ class _Tally:
     ) -> None:
         """Measure one picture, which is read and encoded only where something is asked of it."""
         kept = [one for one in objects if self._protocol.crowd or not one.crowd] if self._prompts else []
+        if self._prompts:
+            self.counts["crowd_dropped"] += len(objects) - len(kept)
         if not (kept or boxes):
             return
         image = annotations.read_image(index)
@@ -184,7 +190,6 @@ class _Tally:
                 self._ious[prompt] += values
             self.counts["objects"] += measured
             self.counts["empty_left_out"] += len(kept) - measured
-            self.counts["crowd_dropped"] += len(objects) - len(kept)
         if boxes:
             corners = _corners(boxes, *image.shape[:2])
             masks = segment_boxes(self._segmenter, corners, self._protocol)
@@ -209,7 +214,7 @@ class _Tally:
 
 def _check(config: EvaluationConfig) -> None:
     for prompt in config.prompts:
-        if prompt != "box" and not (prompt.isascii() and prompt.isdigit() and 1 <= int(prompt) <= MAX_CLICKS):
+        if prompt != "box" and not (prompt.isascii() and prompt.isdigit() and prompt[0] != "0" and int(prompt) <= MAX_CLICKS):
             raise SamiCacheError(f"prompt {prompt!r}: expected box, or a number of clicks from 1 to {MAX_CLICKS}")
     if not config.prompts and config.boxes is None:
         raise SamiCacheError("nothing to measure: give --prompts, or a detector's --boxes.")

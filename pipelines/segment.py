@@ -125,16 +125,20 @@ def _annotation(mask: np.ndarray, iou: float) -> dict[str, Any]:
 
 
 def _prepare(out: Path, *, overwrite: bool) -> None:
-    """The folder, without the results of another call, whose masks would be taken for this one's."""
+    """The folder, checked: results of another call are in it only if they may be replaced."""
     out.mkdir(parents=True, exist_ok=True)
-    old = [path for path in (out / MASKS, out / OVERLAY, *sorted(out.glob("mask_[0-9]*.png"))) if path.exists()]
+    old = _results(out)
     if old and not overwrite:
         raise SamiCacheError(f"{out} holds {old[0].name} of an earlier call: choose another --out, or replace it: --overwrite")
-    for path in old:
-        path.unlink()
+
+
+def _results(out: Path) -> list[Path]:
+    return [path for path in (out / MASKS, out / OVERLAY, *sorted(out.glob("mask_[0-9]*.png"))) if path.exists()]
 
 
 def _write(config: SegmentConfig, image: np.ndarray, found: list[dict[str, Any]], prompts: Prompts | None) -> Segmented:
+    for path in _results(config.out):  # of another call, whose masks would be taken for this one's
+        path.unlink()
     annotations = []
     for index, mask in enumerate(found):
         name = f"mask_{index:04d}.png"

@@ -212,12 +212,29 @@ def test_edges_count_as_inside_and_boxes_may_leave_by_rounding(asked: SamPredict
     np.testing.assert_array_equal(unused, asked.predict([[5, 5], [0, 0]], [1, -1], return_logits=True)[0])
 
 
+def test_calls_of_segment_anythings_examples(asked: SamPredictor) -> None:
+    box = np.array([10, 20, 300, 310])
+    np.testing.assert_array_equal(asked.predict(box=box[None, :])[0], asked.predict(box=box)[0])
+    image = photo("chelsea")
+    predictors = [SamPredictor(asked.model) for _ in range(2)]
+    predictors[0].set_image(image)
+    predictors[1].set_image(image[..., ::-1], "BGR")
+    np.testing.assert_array_equal(*(each.get_image_embedding().numpy() for each in predictors))
+    with pytest.raises(SamiCacheError, match="image_format is 'GRB'"):
+        asked.set_image(image, "GRB")  # type: ignore[arg-type]
+    asked.set_image(photo("coffee"))
+
+
 def test_efficientsam_takes_six_points_and_no_mask() -> None:
     model = SegmentAnything(SegmentAnythingConfig(family="efficientsam", encoder="vit_t", depth=1, image_size=64)).eval()
     predictor = SamPredictor(model)
     predictor.set_image(photo("chelsea"))
     masks, iou, low_res = predictor.predict([[5, 5]] * 4, [1] * 4, box=[0, 0, 50, 60])
     assert (masks.shape, iou.shape, low_res.shape) == ((3, 300, 451), (3,), (3, 16, 16))
+    # What is no point has no place, wherever it is said to be; fewer than six are filled up with just that.
+    alone = predictor.predict([[5, 5]], [1], return_logits=True)[0]
+    for nowhere in ([0, 0], [400, 200], [np.nan, 3]):
+        np.testing.assert_array_equal(predictor.predict([[5, 5], nowhere], [1, -1], return_logits=True)[0], alone)
     with pytest.raises(SamiCacheError, match="7 points in a query"):
         predictor.predict([[5, 5]] * 5, [1] * 5, box=[0, 0, 50, 60])
     with pytest.raises(SamiCacheError, match="family efficientsam takes no mask"):

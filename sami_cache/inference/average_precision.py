@@ -117,6 +117,9 @@ def read_boxes(path: Path, truth: Truth) -> dict[int, list[dict[str, Any]]]:
         where = f"{path}: box {number}"
         if not isinstance(entry, dict):
             raise SamiCacheError(f"{where}: expected an object with image_id, category_id, bbox and score")
+        for key in ("image_id", "category_id"):
+            if type(entry.get(key)) is not int:
+                raise SamiCacheError(f"{where}: expected a whole number as {key}, found {one_line(entry.get(key), 40)}")
         if entry.get("image_id") not in images:
             found = one_line(entry.get("image_id"), 40)
             raise SamiCacheError(f"{where}: image_id {found} is none of the {len(images)} images of {truth.name}")

@@ -1,7 +1,7 @@
 """One picture encoded once, asked often: shaped as `SamPredictor` of the package `segment-anything`."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -44,11 +44,13 @@ class SamPredictor:
         return self._size
 
     @torch.no_grad()
-    def set_image(self, image: np.ndarray) -> None:
-        """Encode a picture: upright RGB, uint8 [H, W, 3]. Raises SamiCacheError for anything else."""
+    def set_image(self, image: np.ndarray, image_format: Literal["RGB", "BGR"] = "RGB") -> None:
+        """Encode a picture: upright, uint8 [H, W, 3]. Raises SamiCacheError for anything else."""
         self.reset_image()
+        if image_format not in ("RGB", "BGR"):
+            raise SamiCacheError(f"set_image: image_format is {image_format!r}: expected 'RGB' or 'BGR'")
         try:
-            pixels = self.model.preprocess(image)
+            pixels = self.model.preprocess(image if image_format == "RGB" else image[..., ::-1])
         except ValueError as error:
             raise SamiCacheError(f"set_image: {error}") from error
         self._embedding = self.model.encode(pixels[None].to(self.device))
@@ -78,7 +80,7 @@ class SamPredictor:
         Args:
             point_coords: [P, 2], (x, y) in pixels of the picture.
             point_labels: [P], 1 inside, 0 outside.
-            box: [4], x0 y0 x1 y1 in pixels of the picture.
+            box: [4], or [1, 4] as segment-anything's examples have it, x0 y0 x1 y1 in pixels of the picture.
             mask_input: float [1, S / 4, S / 4], low-resolution logits of an earlier answer; family `sam` only.
             multimask_output: three masks, for prompts that leave a doubt; else the one that is for those that leave none.
             return_logits: do not cut the masks at 0.
@@ -89,6 +91,8 @@ class SamPredictor:
 
         Raises SamiCacheError for prompts that cannot be meant: outside the picture, NaN, an empty box, another label, none.
         """
+        if isinstance(box, np.ndarray) and box.shape == (1, 4):
+            box = box[0]
         points, labels, boxes, mask_inputs = (
             None if value is None else _with_query(value) for value in (point_coords, point_labels, box, mask_input)
         )

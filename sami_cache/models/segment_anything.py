@@ -159,6 +159,8 @@ class SegmentAnything(nn.Module):
         SAM: one that is none, where no query has a box. EfficientSAM: as many as make six; what is over six is an error.
         """
         have = points.shape[2]
+        # Where no point is, is nowhere: EfficientSAM's decoder looks at the place even so.
+        points = torch.where((labels == -1)[..., None], -1.0, points)
         missing = int(not bool((labels >= 2).any())) if self.config.family == "sam" else EFFICIENTSAM_POINTS - have
         if missing < 0:
             raise SamiCacheError(
