@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cli import finetune_classification_command, finetune_detection_command
+from cli import finetune_classification_command, finetune_detection_command, finetune_semantic_command
 from cli import finetune_options as options
 from cli.cache_commands import Device, Grace, Workers
 from cli.evaluate_commands import evaluate_app
@@ -22,6 +22,7 @@ def register(app: typer.Typer) -> None:
         "--from-cache sam.zarr --init runs/vit_s --decoder sam_vit_h_4b8939.pth`; then `--init runs/promptable` with `--data`"
     )(promptable)
     finetune_detection_command.register(finetune, evaluate_app)
+    finetune_semantic_command.register(finetune, evaluate_app)
     finetune.command(epilog=finetune_classification_command.EPILOG)(finetune_classification_command.classification)
     app.add_typer(finetune, name="finetune")
 

@@ -158,21 +158,33 @@ def train(
 def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     out: Annotated[
-        Path | None, typer.Option(help="The file. Default: RUN/<timm name>.safetensors; promptable: RUN/<family>_<student>.pt.")
+        Path | None,
+        typer.Option(
+            help="The file. Default: in RUN, <timm name>.safetensors, semantic_<student>.safetensors or <family>_<student>.pt."
+        ),
     ] = None,
 ) -> None:
-    """Write a run's encoder or classifier as safetensors that load strictly into stock timm; of a promptable model, all of it.
+    """Write a run's encoder or classifier as safetensors that load strictly into stock timm; of other models, all of it.
 
-    Family efficientsam is written in the layout of the released EfficientSAM, family sam in Meta's.
+    Family efficientsam is written in the layout of the released EfficientSAM, family sam in Meta's; a segmentation with its
+    classes, as `evaluate semantic` takes it.
     """
     from pipelines.export import export as stage
     from pipelines.export import export_classifier, export_promptable, is_classifier, is_promptable
+    from pipelines.semantic import export_semantic, is_semantic
 
     if is_classifier(run):
         model = export_classifier(run, out)
         classes = model.options["num_classes"]
         typer.echo(f"{model.path}: {size(model.bytes)}, {classes} classes, step {model.step} of {model.steps}.")
         typer.echo(f"Loads strictly into stock timm:\n  {model.load_line}")
+        return
+    if is_semantic(run):
+        segmenter = export_semantic(run, out)
+        typer.echo(
+            f"{segmenter.path}: {size(segmenter.bytes)}, {segmenter.tensors} tensors, {segmenter.student} at "
+            f"{segmenter.image_size} px, {segmenter.classes} classes, step {segmenter.step} of {segmenter.steps}."
+        )
         return
     if is_promptable(run):
         whole = export_promptable(run, out)
