@@ -103,6 +103,8 @@ def random_part(
         # Only the part that is shown is made, from its place in the picture.
         box = (left * x, top * y, min(width, (left + shown[0]) * x), min(height, (top + shown[1]) * y))
         part = resize_labels(labels, shown, box)
+        if augment.category_ratio == 1:
+            break
         counts = np.unique(part[part != IGNORED], return_counts=True)[1]
         if len(counts) > 1 and counts.max() < augment.category_ratio * counts.sum():
             break
