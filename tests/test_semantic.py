@@ -167,6 +167,7 @@ def test_windows_see_what_the_whole_picture_shows(size):
         scores = score(Painter(), pixels, 64, viewing)
         assert scores.shape == (3, *size)
         assert (scores.argmax(0) == true).float().mean() > 0.93  # the masks' edges, in cells of four pixels
+        assert float(scores.max()) <= 1.0001  # also where windows meet
     seen = [False] * 200
     for start in semantic._starts(200, 64):
         assert 0 <= start <= 136
@@ -218,6 +219,7 @@ def test_examples_follow_seed_epoch_and_picture(data):
     assert one.seed == again.seed != other.seed
     assert not torch.equal(one.pixels, other.pixels)
     small = examples(pictures, classes, 64, SemanticAugment(smallest=0.4, largest=0.4), normalise, 0)(0, 0)
+    assert (small.pixels.shape, small.labels.shape) == (one.pixels.shape, one.labels.shape) == ((3, 64, 64), (64, 64))
     reached = (small.pixels != 0).any(0)
     assert 0 < reached.float().mean() < 0.8
     assert (small.labels[~reached] == IGNORED).all()
@@ -257,6 +259,15 @@ def test_a_step_may_be_cut_into_any_parts(data, tmp_path):
     for cut in gradients[1:]:
         for name, value in gradients[0].items():
             assert float((value - cut[name]).norm()) <= 2e-3 * float(value.norm()) + 1e-6, name
+
+
+def test_bfloat16_learns_the_same(data, tmp_path):
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        last = finetune_semantic(config(tmp_path / precision, data, precision=precision))
+        losses[precision] = last["loss"]
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
 
 
 def test_every_parameter_gets_a_gradient_also_where_nothing_is_labelled(data, tmp_path):
