@@ -108,6 +108,8 @@ class TrainingLines:
             text += f"  held-out AP: box {100 * line['heldout_box_AP']:.1f}, mask {100 * line['heldout_mask_AP']:.1f}"
         if "heldout_top1" in line:
             text += f"  held-out top-1 {100 * line['heldout_top1']:.2f} %, loss {line['heldout_loss']:.4f}"
+        if "heldout_miou" in line:
+            text += f"  held-out mIoU {100 * line['heldout_miou']:.1f}"
         if line["step"] and line["step"] < self.steps:
             text += f"  {duration(line['seconds'] / line['step'] * (self.steps - line['step']))} left"
         print(text, file=sys.stderr, flush=True)

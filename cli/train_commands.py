@@ -158,20 +158,22 @@ def train(
 def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     out: Annotated[
-        Path | None,
-        typer.Option(
-            help="The file. Default: in RUN, <timm name>.safetensors, semantic_<student>.safetensors or <family>_<student>.pt."
-        ),
+        Path | None, typer.Option(help="The file. Default: RUN/<timm name>.safetensors; promptable: RUN/<family>_<student>.pt.")
     ] = None,
 ) -> None:
     """Write a run's encoder or classifier as safetensors that load strictly into stock timm; of other models, all of it.
 
-    Family efficientsam is written in the layout of the released EfficientSAM, family sam in Meta's; a segmentation with its
-    classes, as `evaluate semantic` takes it.
+    Family efficientsam is written in the layout of the released EfficientSAM, family sam in Meta's.
     """
     from pipelines.export import export as stage
-    from pipelines.export import export_classifier, export_promptable, is_classifier, is_promptable
-    from pipelines.semantic import export_semantic, is_semantic
+    from pipelines.export import (
+        export_classifier,
+        export_promptable,
+        export_task_model,
+        is_classifier,
+        is_promptable,
+        is_task_model,
+    )
 
     if is_classifier(run):
         model = export_classifier(run, out)
@@ -179,12 +181,9 @@ def export(
         typer.echo(f"{model.path}: {size(model.bytes)}, {classes} classes, step {model.step} of {model.steps}.")
         typer.echo(f"Loads strictly into stock timm:\n  {model.load_line}")
         return
-    if is_semantic(run):
-        segmenter = export_semantic(run, out)
-        typer.echo(
-            f"{segmenter.path}: {size(segmenter.bytes)}, {segmenter.tensors} tensors, {segmenter.student} at "
-            f"{segmenter.image_size} px, {segmenter.classes} classes, step {segmenter.step} of {segmenter.steps}."
-        )
+    if is_task_model(run):
+        path, written = export_task_model(run, out)
+        typer.echo(f"{path}: {size(path.stat().st_size)}, {len(written.state)} tensors, {written.source}.")
         return
     if is_promptable(run):
         whole = export_promptable(run, out)

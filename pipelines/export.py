@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipelines.finetune_classification import open_classifier, timm_model
 from pipelines.promptable import open_promptable
+from pipelines.task_models import TaskModel, find_task_model, write_task_model
 from sami_cache import __version__
 from sami_cache.checkpoints import Checkpoint, load_newest, put_weights
 from sami_cache.errors import SamiCacheError
@@ -194,6 +195,22 @@ def export_promptable(run: Path, out: Path | None = None) -> PromptableExport:
         tensors=len(model.state_dict()),
         bytes=path.stat().st_size,
     )
+
+
+def export_task_model(run: Path, out: Path | None = None) -> tuple[Path, TaskModel]:
+    """Write the model of a `finetune detection` or `finetune semantic` run, by default to RUN/<kind>_<student>.safetensors.
+
+    `open_detector` and `open_semantic` read it, and so do `sami-cache evaluate detection` and `semantic`.
+    """
+    kind = "detector" if _has_settings(run, "detector") else "semantic"
+    model = find_task_model(run, kind)
+    path = _target(run, out, f"{kind}_{model.settings['student']}.safetensors")
+    return path, write_task_model(run, path, kind)
+
+
+def is_task_model(run: Path) -> bool:
+    """Whether the folder is a run of `finetune detection` or `finetune semantic`, as far as its settings say."""
+    return _has_settings(run, "detector") or _has_settings(run, "semantic")
 
 
 def is_promptable(run: Path) -> bool:

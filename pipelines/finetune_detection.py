@@ -12,7 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from pipelines.recipes import VITDET_COCO
 from pipelines.running import Prepared, RunOptions, run_task, step_options, train_config
 from pipelines.starts import start_encoder
-from sami_cache.checkpoints import Checkpoint, load_newest, put_weights
+from pipelines.task_models import find_task_model
+from sami_cache.checkpoints import put_weights
 from sami_cache.data.annotations import Annotations, CocoAnnotations, open_annotations
 from sami_cache.errors import SamiCacheError
 from sami_cache.inference.average_precision import Truth
@@ -99,6 +100,7 @@ def prepare(config: DetectionTrainingConfig, device: torch.device) -> Prepared:
         "classes": len(categories),
         "detections": config.detections,
         "channels": config.channels,
+        "categories": {str(category): annotations.categories[category] for category in categories},
     }
     model = _detector(encoder, shape, regions=config.regions)
     train = train_config(config, len(annotations), device, micro_batch=MICRO_BATCH, evaluates=held_out is not None)
@@ -117,7 +119,6 @@ def prepare(config: DetectionTrainingConfig, device: torch.device) -> Prepared:
     paths = {"data": config.data, "images": config.images, "val": config.val, "val_images": config.val_images}
     settings = {
         "detector": shape,
-        "categories": {str(category): annotations.categories[category] for category in categories},
         "jitter": asdict(config.jitter),
         "regions": config.regions,
         "layer_decay": config.layer_decay,
@@ -136,16 +137,14 @@ def prepare(config: DetectionTrainingConfig, device: torch.device) -> Prepared:
     )
 
 
-def open_detector(run: Path, device: torch.device | str = "cpu") -> tuple[Detector, Checkpoint]:
-    """The detector of a run's newest intact checkpoint, in evaluation mode, and the checkpoint with the run's settings."""
-    checkpoint = load_newest(run / "checkpoints") if (run / "checkpoints").is_dir() else None
-    if checkpoint is None or "detector" not in checkpoint.config:
-        raise SamiCacheError(f"{run}: no run of `sami-cache finetune detection` with a checkpoint is there")
-    shape = checkpoint.config["detector"]
+def open_detector(run_or_file: Path, device: torch.device | str = "cpu") -> tuple[Detector, dict[str, Any]]:
+    """The detector of a run's newest intact checkpoint or of its export, in evaluation mode, and its settings."""
+    found = find_task_model(run_or_file, "detector")
+    shape = found.settings
     encoder = start_encoder(None, shape["student"], image_size=shape["image_size"], **shape["shape"])[0]
     model = _detector(encoder, shape)
-    put_weights(model, checkpoint.model, f"the checkpoint of step {checkpoint.step} of {run}")
-    return model.to(device).eval(), checkpoint
+    put_weights(model, found.state, found.source)
+    return model.to(device).eval(), shape
 
 
 def _detector(encoder: VisionTransformer, shape: dict[str, Any], **training: Any) -> Detector:
@@ -166,9 +165,9 @@ def evaluate_detection(
     if out is not None and out.exists():
         raise SamiCacheError(f"{out} is there: nothing was overwritten. Remove it, or write to another file with --out")
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
-    model, checkpoint = open_detector(run, place)
+    model, settings = open_detector(run, place)
     annotations = _open(data, images)
-    categories = [int(category) for category in checkpoint.config["categories"]]
+    categories = [int(category) for category in settings["categories"]]
     truth = Truth(annotations)
     if unknown := set(categories) - {category["id"] for category in truth.categories}:
         raise SamiCacheError(f"{data} does not know category {min(unknown)}, which {run} detects")

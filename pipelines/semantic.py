@@ -1,8 +1,6 @@
-"""A trained segmentation model: opened, measured on masks, and written as one file."""
+"""A segmentation model: built, opened, and measured on masks."""
 
 import io
-import json
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 
 from pipelines.starts import start_encoder
-from sami_cache import __version__
-from sami_cache.checkpoints import load_newest, put_weights
+from pipelines.task_models import find_task_model
+from sami_cache.checkpoints import put_weights
 from sami_cache.data.class_masks import ClassLabels, MaskedPictures
-from sami_cache.errors import SamiCacheError, one_line
+from sami_cache.errors import SamiCacheError
 from sami_cache.models.pyramid import SimpleFeaturePyramid
 from sami_cache.models.semantic import Mask2Former, Mask2FormerShape
-from sami_cache.models.weights import State
-from sami_cache.store.files import fsync_directory, write_durably
 from sami_cache.tasks.semantic import Normalise, SemanticTask, Viewing, figures
 
 
@@ -34,8 +28,6 @@ class OpenSemantic:
     model: Mask2Former
     own: dict[str, Any]
     """The run's settings under `semantic`."""
-    step: int
-    steps: int
 
     @property
     def classes(self) -> ClassLabels:
@@ -58,32 +50,12 @@ def open_semantic(path: Path, device: torch.device | str = "cpu") -> OpenSemanti
 
     Raises SamiCacheError where `path` is neither, DamageError where no checkpoint is intact.
     """
-    own, state, step, steps, source = _read_run(path) if path.is_dir() else _read_export(path)
+    found = find_task_model(path, "semantic")
+    own = found.settings
     encoder = start_encoder(None, own["student"], image_size=own["image_size"], **own["shape"])[0]
     model = build(encoder, own)
-    put_weights(model, state, source)
-    return OpenSemantic(model=model.to(device).eval(), own=own, step=step, steps=steps)
-
-
-def _read_run(path: Path) -> tuple[dict[str, Any], State, int, int, str]:
-    checkpoint = load_newest(path / "checkpoints") if (path / "checkpoints").is_dir() else None
-    if checkpoint is None or "semantic" not in checkpoint.config:
-        raise SamiCacheError(f"{path}: no run of `sami-cache finetune semantic` with a checkpoint is there")
-    config, source = checkpoint.config, f"the checkpoint of step {checkpoint.step} of {path}"
-    return config["semantic"], checkpoint.model, checkpoint.step, config["train"]["steps"], source
-
-
-def _read_export(path: Path) -> tuple[dict[str, Any], State, int, int, str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            said = file.metadata() or {}
-            own, step, steps = json.loads(said["semantic"]), int(said["step"]), int(said["steps"])
-            return own, {name: file.get_tensor(name) for name in file.keys()}, step, steps, str(path)  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise SamiCacheError(
-            f"{path}: expected a run of `sami-cache finetune semantic`, or a file that `sami-cache export` made of one "
-            f"({one_line(error, 120)})"
-        ) from error
+    put_weights(model, found.state, found.source)
+    return OpenSemantic(model=model.to(device).eval(), own=own)
 
 
 def evaluate_semantic(
@@ -134,72 +106,3 @@ def evaluate_semantic(
         if true[label]
     }
     return {**figures(pairs), "iou": iou, "pictures": len(pictures), "viewing": task.viewing}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SemanticExport:
-    """A segmentation model that was written."""
-
-    path: Path
-    student: str
-    image_size: int
-    classes: int
-    tensors: int
-    bytes: int
-    step: int
-    steps: int
-
-
-def export_semantic(run: Path, out: Path | None = None) -> SemanticExport:
-    """Write the whole model of a run, by default to RUN/semantic_<student>.safetensors; `open_semantic` reads it.
-
-    Float32. In the header: `semantic`, all that builds the model, as JSON, the classes' names and indices among it; also by
-    themselves as `class_names`. `out` is a .safetensors file or an existing folder. Raises SamiCacheError where something is
-    there already.
-    """
-    opened = open_semantic(run)
-    own, name = opened.own, f"semantic_{opened.own['student']}.safetensors"
-    path = run / name if out is None else out / name if out.is_dir() else out
-    if path.suffix != ".safetensors":
-        raise SamiCacheError(f"--out {path}: expected a name that ends in .safetensors, or a folder that exists.")
-    if path.exists():
-        raise SamiCacheError(f"{path} is there: nothing was overwritten. Remove it, or write to another file with --out FILE.")
-    weights = {name: tensor.detach().float().contiguous() for name, tensor in opened.model.state_dict().items()}
-    metadata = {
-        "format": "pt",
-        "semantic": json.dumps(own),
-        "class_names": json.dumps(own["class_names"]),
-        "step": str(opened.step),
-        "steps": str(opened.steps),
-        "input": f"RGB in 0..1, mean {tuple(own['mean'])}, std {tuple(own['std'])}; short side {own['image_size']} pixels",
-        "sami_cache": __version__,
-    }
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.safetensors")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(temporary, save(weights, metadata))
-        open_semantic(temporary)
-        temporary.rename(path)
-        fsync_directory(path.parent)
-    except OSError as error:
-        raise SamiCacheError(f"{path}: not written ({error.strerror}). Give another place with --out FILE.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return SemanticExport(
-        path=path,
-        student=own["student"],
-        image_size=own["image_size"],
-        classes=len(own["indices"]),
-        tensors=len(weights),
-        bytes=path.stat().st_size,
-        step=opened.step,
-        steps=opened.steps,
-    )
-
-
-def is_semantic(run: Path) -> bool:
-    """Whether the folder is a run of `finetune semantic`, as far as its settings say."""
-    try:
-        return "semantic" in json.loads((run / "config.json").read_text())["config"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False

@@ -143,7 +143,14 @@ def _private_copy() -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.random = _draws  # type: ignore[attr-defined]
+    own: Any = module
+    own.random, theirs = _draws, own.posterize
+
+    def posterize(image: Image.Image, bits: int, **rest: Any) -> Image.Image:
+        # At the highest magnitude timm asks for none of the 8 bits: black, which Pillow 13 refuses and those before gave.
+        return theirs(image, bits, **rest) if bits else Image.new(image.mode, image.size)
+
+    own.NAME_TO_OP |= {name: posterize for name, call in own.NAME_TO_OP.items() if call is theirs}
     return module
 
 

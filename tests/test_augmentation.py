@@ -67,6 +67,17 @@ def test_the_operations_are_timms(photos):
     assert len(used) > 10
 
 
+def test_the_highest_magnitude_is_possible(photos):
+    """Posterize then keeps no bit, which Pillow 13 refuses; before, it gave black."""
+    augment = Augment(32, AugmentConfig(randaugment="rand-m10-n15-p1-inc1"), MEAN, seed=0)
+    names = {operation.name for operation in augment._randaugment.ops}
+    assert "PosterizeIncreasing" in names
+    for number in range(30):
+        assert augment(photos[0], 0, number).shape == (3, 32, 32)
+    (only,) = (operation for operation in augment._randaugment.ops if operation.name == "PosterizeIncreasing")
+    assert not np.array(only(photos[0])).any()
+
+
 def test_a_step_is_mixed_alike_however_it_is_cut():
     pixels, labels = torch.randn(8, 3, 16, 16), torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
     mixing = Mixing(5, AugmentConfig(), seed=7)

@@ -128,12 +128,18 @@ def test_a_run_resumes_to_the_same_weights(data, tmp_path):
 def test_how_a_step_is_cut_changes_nothing(data, tmp_path):
     """In other parts, with other threads; with drop path, whose draws are the step's, it would be another sample of it."""
     for name, changes in {"whole": {}, "cut": {"micro_batch": 3, "workers": 1}}.items():
-        finetune_classification(config(tmp_path / name, data, **changes, drop_path=0.0))
+        finetune_classification(config(tmp_path / name, data, batch_size=12, **changes, drop_path=0.0))
     whole, cut = weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut")
-    assert json.loads((tmp_path / "cut" / "config.json").read_text())["config"]["train"]["accumulate"] == 4
+    assert (
+        json.loads((tmp_path / "cut" / "config.json").read_text())["config"]["train"]["accumulate"] == 6
+    )  # pairs stay together
     for name, value in whole.items():
         torch.testing.assert_close(cut[name], value, rtol=0, atol=2e-5)
-    start = prepare(config(tmp_path / "none", data), CPU).task.model.state_dict()
+    task = prepare(config(tmp_path / "none", data), CPU).task
+    start, batch = task.model.state_dict(), next(task.batches(0))
+    torch.nn.init.normal_(task.model.encoder.head.weight)
+    losses = {float(task.loss(task.model.eval(), batch._replace(step=step), CPU)["loss"].detach()) for step in (0, 1, 0)}
+    assert len(losses) == 2  # mixed anew in every step
     assert max(float((value - start[name]).abs().max()) for name, value in whole.items()) > 1e-3
 
 
@@ -192,6 +198,7 @@ def test_stock_timm_loads_what_is_exported(data, tmp_path, pool):
 def test_a_student_is_taken_over_and_all_of_it_trained(data, tmp_path):
     torch.manual_seed(5)
     encoder = create_encoder("vit_t", img_size=64, patch_size=8, depth=2)
+    torch.nn.init.constant_(encoder.norm.weight, 3)
     torch.save(export_encoder(encoder, head=False), tmp_path / "student.pth")
     shape = {"patch_size": 8, "depth": 2}
     given = config(tmp_path / "run", data, init=tmp_path / "student.pth", shape=shape, steps=1)
@@ -202,6 +209,7 @@ def test_a_student_is_taken_over_and_all_of_it_trained(data, tmp_path):
     assert model.encoder.pos_embed.shape[1] == 17  # 4 x 4 and the class token: resampled from 8 x 8
     assert {name.split(".")[1] for name in model.state_dict()} >= {"fc_norm", "head"}
     assert not any(name.startswith("encoder.norm.") for name in model.state_dict())
+    assert float(model.encoder.fc_norm.weight.detach().max()) == 1  # as MAE begins
     assert float(model.encoder.head.weight.detach().abs().max()) < 1e-4
     prepared.task.loss(model, next(prepared.task.batches(0)), CPU)["loss"].backward()
     assert all(parameter.grad is not None for parameter in model.parameters())

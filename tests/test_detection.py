@@ -211,6 +211,12 @@ def test_the_commands(data, trained, tmp_path):
     assert json.loads((tmp_path / "out.json").read_text())["ap"]
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "boxes.json"), "--device", "cpu"])
     assert "nothing was overwritten" in str(result.exception)
+    result = CliRunner().invoke(app, ["export", str(run), "--out", str(tmp_path / "detector.safetensors")])
+    assert result.exit_code == 0, result.output
+    (model, settings), (again, same) = open_detector(run), open_detector(tmp_path / "detector.safetensors")
+    assert settings == same
+    assert settings["categories"] == {"7": "near", "90": "far"}
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     start = [
         "finetune",
         "detection",

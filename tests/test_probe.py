@@ -58,6 +58,9 @@ def test_figures_are_those_of_the_encoders_features(data, tmp_path):
         kept = {pool: x.half().float() for pool, x in {"patches": tokens[:, 1:].mean(1), "class": tokens[:, 0]}.items()}
         sides[name] = kept, pictures.labels
     assert set(found["pools"]) == {"patches", "class"}
+    stored = [torch.from_numpy(np.load(path)).float() for path in (tmp_path / "features").glob("*.npy")]
+    for expected in [*sides["train"][0].values(), *sides["test"][0].values()]:
+        assert any(x.shape == expected.shape and torch.allclose(x, expected, atol=2e-3) for x in stored)
     for pool, values in found["pools"].items():
         (train, labels), (test, true) = ((features[pool], labels) for features, labels in sides.values())
         for k in (3, 5):

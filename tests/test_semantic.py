@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from pipelines.class_names import read_class_names
+from pipelines.finetune_detection import open_detector
 from pipelines.finetune_semantic import SemanticTrainingConfig, finetune_semantic, prepare
 from pipelines.semantic import evaluate_semantic, open_semantic
 from sami_cache.data.class_masks import IGNORED, ClassLabels, MaskedPictures
@@ -391,13 +392,15 @@ def test_the_commands(data, trained, tmp_path):
     assert result.exit_code == 0, result.output
     path = run / "semantic_vit_t.safetensors"
     assert f"{path}: " in result.output.replace("\n", "")
-    assert "3 classes, step 80 of 80" in result.output
+    assert "the checkpoint of step 80" in result.output
     again = open_semantic(path)
     assert all(
         torch.equal(*pair)
         for pair in zip(*(open_semantic(one).model.state_dict().values() for one in (run, path)), strict=True)
     )
-    assert (again.classes.indices, again.step) == (list(INDICES), 80)
+    assert again.classes.indices == list(INDICES)
+    with pytest.raises(SamiCacheError, match="expected an export of a `finetune detection` run"):
+        open_detector(path)
     result = CliRunner().invoke(app, ["export", str(run)])
     assert "nothing was overwritten" in str(result.exception)
     result = CliRunner().invoke(
