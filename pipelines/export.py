@@ -200,7 +200,7 @@ def export_promptable(run: Path, out: Path | None = None) -> PromptableExport:
 def export_task_model(run: Path, out: Path | None = None) -> tuple[Path, TaskModel]:
     """Write the model of a `finetune detection` or `finetune semantic` run, by default to RUN/<kind>_<student>.safetensors.
 
-    `open_detector` and `open_segmenter` read it, and so do `sami-cache evaluate detection` and `semantic`.
+    `open_detector` and `open_semantic` read it, and so do `sami-cache evaluate detection` and `semantic`.
     """
     kind = "detector" if _has_settings(run, "detector") else "semantic"
     model = find_task_model(run, kind)

@@ -1,67 +1,70 @@
-"""Fine-tuning a pretrained student to give every pixel a class, and measuring what came of it."""
+"""Fine-tuning a pretrained student to name the class of every pixel, and measuring what came of it."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
-from pipelines.recipes import MASK2FORMER_ADE20K as ADE20K
+from pipelines.class_names import find_class_names, read_class_names
+from pipelines.recipes import MASK2FORMER_ADE20K
 from pipelines.running import Prepared, RunOptions, run_task, step_options, train_config
-from pipelines.starts import start_encoder
-from pipelines.task_models import find_task_model
-from sami_cache.checkpoints import put_weights
-from sami_cache.data.semantic import IGNORED, SegmentedPictures
+from pipelines.semantic import build
+from pipelines.starts import start_constants, start_encoder
+from sami_cache.data.class_masks import ClassLabels, MaskedPictures
 from sami_cache.errors import SamiCacheError
-from sami_cache.models.pyramid import CHANNELS, GLOBAL_BLOCKS, SimpleFeaturePyramid
-from sami_cache.models.semantic import QUERIES, Segmenter
+from sami_cache.models.pyramid import CHANNELS, GLOBAL_BLOCKS
+from sami_cache.models.semantic import Mask2FormerShape
 from sami_cache.steps import PictureSteps
-from sami_cache.tasks.semantic import SemanticAugmentation, SemanticTask, examples
+from sami_cache.tasks.semantic import Normalise, SemanticAugment, SemanticTask, Viewing, examples
 
-MICRO_BATCH = {"cuda": 16, "cpu": 2}
-_ENCODER = ".pyramid.encoder."
+MICRO_BATCH = {"cuda": 8, "cpu": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SemanticTrainingConfig(RunOptions):
-    """A fine-tuning run; the defaults are the paper's."""
+    """A fine-tuning run; the defaults are the paper's, and Mask2Former's where the paper names none."""
 
     data: Path
-    """A folder of pictures."""
+    """The folder of pictures to train on."""
     masks: Path
-    """PNGs of class numbers with the same names."""
+    """The folder of their PNGs of class indices, under the same names."""
     val: Path | None = None
     val_masks: Path | None = None
     classes: Path | None = None
-    """Text, a class a line: its number in the PNGs, and its name. None: the numbers that occur."""
-    ignored: tuple[int, ...] = (0,)
-    """Numbers that are no class; ADE20K's and COCO's 0 is "unlabelled"."""
+    """Names of the classes, as `read_class_names` reads them; None: the indices that occur in `masks` are the classes."""
+    ignore_index: int | None = 255
+    """Of pixels without a class; None: no pixel is."""
+    reduce_zero_label: bool = False
+    """Index 0 is no class either, as in ADE20K."""
     init: str | None = None
     """A run of `train`, an export, a plain ViT's weights or timm:NAME; None: scratch."""
     student: str | None = None
     shape: dict[str, Any] = field(default_factory=dict)
     """To timm, for encoders of another shape: depth, embed_dim, num_heads."""
-    image_size: int = ADE20K.image_size
+    image_size: int = MASK2FORMER_ADE20K.image_size
     window: int | None = None
-    """Tokens a side within which most blocks attend; None: all attend to all, which 32 x 32 tokens allow."""
+    """Tokens a side within which most blocks attend; None: all attend to all."""
     global_blocks: int = GLOBAL_BLOCKS
-    augmentation: SemanticAugmentation = field(default_factory=SemanticAugmentation)
+    mask2former: Mask2FormerShape = field(default_factory=Mask2FormerShape)
     channels: int = CHANNELS
-    queries: int = QUERIES
-    decoder_layers: int = 10
-    encoder_lr_scale: float = ADE20K.encoder_lr_scale
+    """Of the pyramid and the decoders."""
+    augment: SemanticAugment = field(default_factory=SemanticAugment)
+    viewing: Viewing = "whole"
+    """How a picture is evaluated: at once, or in windows of the size trained on."""
+    backbone_lr: float = MASK2FORMER_ADE20K.backbone_lr
+    """What the encoder's learning rate is multiplied with; the pyramid's is not, which is new."""
+    drop_path: float = 0.0
+    """Of the encoder. The paper names none."""
     epochs: float = 0
-    """Instead of steps, where above 0."""
-    steps: int | None = ADE20K.steps
-    batch_size: int = ADE20K.batch_size
-    lr: float = ADE20K.lr
-    weight_decay: float = ADE20K.weight_decay
-    betas: tuple[float, float] = ADE20K.betas
-    clip_grad: float | None = 0.01
-    """Mask2Former's own; the paper names none."""
+    """Above 0: instead of steps."""
+    steps: int | None = MASK2FORMER_ADE20K.steps
+    batch_size: int = MASK2FORMER_ADE20K.batch_size
+    lr: float = MASK2FORMER_ADE20K.lr
+    weight_decay: float = MASK2FORMER_ADE20K.weight_decay
+    betas: tuple[float, float] = MASK2FORMER_ADE20K.betas
+    clip_grad: float | None = MASK2FORMER_ADE20K.clip_grad
 
 
 def finetune_semantic(
@@ -69,117 +72,85 @@ def finetune_semantic(
     on_log: Callable[[dict[str, Any]], None] = lambda line: None,
     on_start: Callable[[Prepared], None] = lambda prepared: None,
 ) -> dict[str, Any]:
-    """Run or continue a fine-tuning; returns the last line of its log."""
+    """Run or continue a fine-tuning; returns the last line of its log. `pipelines.semantic.open_semantic` opens the run."""
     return run_task(config, lambda device: prepare(config, device), on_log, on_start)
 
 
 def prepare(config: SemanticTrainingConfig, device: torch.device) -> Prepared:
-    """Resolve a configuration: data, model and steps."""
+    """Resolve a configuration: data, classes, model and steps. Raises SamiCacheError where they do not fit together."""
     if config.image_size % 32:
         raise SamiCacheError(f"--image-size {config.image_size}: expected a multiple of 32")
     if (config.val is None) != (config.val_masks is None):
-        raise SamiCacheError("--val and --val-masks go together")
-    pictures = SegmentedPictures(config.data, config.masks)
-    held_out = SegmentedPictures(config.val, config.val_masks) if config.val and config.val_masks else None
-    names = find_classes([part for part in (pictures, held_out) if part], config.classes, frozenset(config.ignored))
-    place = {number: label for label, number in enumerate(names)}
+        raise SamiCacheError("--val and --val-masks: expected both, or neither")
+    pictures = MaskedPictures(config.data, config.masks)
+    held_out = MaskedPictures(config.val, config.val_masks) if config.val and config.val_masks else None
+    classes = _classes(config, pictures)
     torch.manual_seed(config.seed)
-    encoder, student, source = start_encoder(config.init, config.student, image_size=config.image_size, **config.shape)
-    shape = {
+    encoder, student, source = start_encoder(
+        config.init, config.student, image_size=config.image_size, drop_path=config.drop_path, **config.shape
+    )
+    mean, std = start_constants(config.init)
+    own = {
         "student": student,
         "shape": config.shape,
         "image_size": config.image_size,
         "window": config.window,
         "global_blocks": config.global_blocks,
         "channels": config.channels,
-        "queries": config.queries,
-        "decoder_layers": config.decoder_layers,
-        "classes": {str(number): name for number, name in names.items()},
-        "ignored": list(config.ignored),
+        "mask2former": asdict(config.mask2former),
+        "indices": classes.indices,
+        "class_names": classes.names,
+        "ignored": classes.ignored,
+        "mean": mean,
+        "std": std,
+        "viewing": config.viewing,
     }
-    model = _segmenter(encoder, shape)
+    options = replace(config, steps=None) if config.epochs else config
     train = train_config(
-        config, len(pictures), device, micro_batch=MICRO_BATCH, evaluates=held_out is not None, schedule="poly"
+        options, len(pictures), device, micro_batch=MICRO_BATCH, evaluates=held_out is not None, schedule="poly"
     )
-    ignored = frozenset(config.ignored)
-    make = examples(pictures, place, ignored, config.image_size, config.augmentation, config.seed)
+    normalise = Normalise(mean, std)
+    make = examples(pictures, classes, config.image_size, config.augment, normalise, config.seed)
     steps = PictureSteps(len(pictures), make, **step_options(config, train))
-    task = SemanticTask(model, steps, held_out=held_out, place=place, ignored=ignored, device=device, threads=config.workers)
+    task = SemanticTask(
+        build(encoder, own),
+        steps,
+        classes,
+        size=config.image_size,
+        normalise=normalise,
+        held_out=held_out,
+        viewing=config.viewing,
+        device=device,
+        threads=config.workers,
+    )
     paths = {"data": config.data, "masks": config.masks, "val": config.val, "val_masks": config.val_masks}
     settings = {
-        "semantic": shape,
-        "augmentation": asdict(config.augmentation),
-        "encoder_lr_scale": config.encoder_lr_scale,
+        "semantic": own,
+        "augment": asdict(config.augment),
+        "backbone_lr": config.backbone_lr,
+        "drop_path": config.drop_path,
         "steps_per_epoch": steps.steps_per_epoch,
-        "names": {"train": pictures.fingerprint, "held_out": held_out.fingerprint if held_out else None},
-        "pictures": {"train": len(pictures), "held_out": len(held_out) if held_out else 0},
+        "masks": {"train": pictures.fingerprint, "held_out": held_out.fingerprint if held_out else None},
+        "pictures": {
+            "train": len(pictures),
+            "held_out": len(held_out) if held_out else 0,
+            "unlabelled": pictures.unlabelled + (held_out.unlabelled if held_out else 0),
+        },
+        "pretrained": config.init is not None,
         "places": {"init": source} | {name: str(path.resolve()) for name, path in paths.items() if path},
     }
     return Prepared(
         task=task,
         train=train,
         settings=settings,
-        lr_scale=lambda name: config.encoder_lr_scale if _ENCODER in name else 1.0,
+        lr_scale=lambda name: config.backbone_lr if name.startswith("backbone.encoder.") else 1.0,
     )
 
 
-def find_classes(parts: list[SegmentedPictures], file: Path | None, ignored: frozenset[int]) -> dict[int, str]:
-    """Names by number, ascending: of a file, or the numbers that occur in the masks. Raises SamiCacheError for none."""
-    if file is None:
-        found = {int(value) for part in parts for number in range(len(part)) for value in np.unique(part.values(number))}
-        names = {number: str(number) for number in sorted(found - ignored)}
-    else:
-        names = {}
-        try:
-            for line in filter(None, map(str.strip, file.read_text(encoding="utf-8").splitlines())):
-                number, _, name = line.partition(" ")
-                names[int(number)] = name.strip() or number
-        except (OSError, ValueError) as error:
-            raise SamiCacheError(f"{file}: expected a class a line, its number and its name ({error})") from error
-        names = {number: name for number, name in sorted(names.items()) if number not in ignored}
-    if not 0 < len(names) < IGNORED:
-        raise SamiCacheError(f"{len(names)} classes: expected 1 to {IGNORED - 1}")
-    return names
-
-
-def open_segmenter(run_or_file: Path, device: torch.device | str = "cpu") -> tuple[Segmenter, dict[str, Any]]:
-    """The model of a run's newest intact checkpoint or of its export, in evaluation mode, and its settings."""
-    found = find_task_model(run_or_file, "semantic")
-    shape = found.settings
-    encoder = start_encoder(None, shape["student"], image_size=shape["image_size"], **shape["shape"])[0]
-    model = _segmenter(encoder, shape)
-    put_weights(model, found.state, found.source)
-    return model.to(device).eval(), shape
-
-
-def evaluate_semantic(run: Path, data: Path, masks: Path, *, out: Path | None = None, device: str = "auto") -> dict[str, float]:
-    """mIoU and accuracies on `data`, as `tasks.semantic.scores` names them; with `out`, PNGs of class numbers there."""
-    if out is not None and out.exists():
-        raise SamiCacheError(f"{out} is there: nothing was overwritten. Remove it, or write to another folder with --out")
-    place_on = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
-    model, shape = open_segmenter(run, place_on)
-    numbers = [int(number) for number in shape["classes"]]
-    place = {number: label for label, number in enumerate(numbers)}
-    pictures = SegmentedPictures(data, masks)
-    task = SemanticTask(model, None, held_out=pictures, place=place, ignored=frozenset(shape["ignored"]), device=place_on)
-    with torch.no_grad():
-        if out is not None:
-            values = np.array(numbers, np.uint8 if max(numbers) < 256 else np.uint16)
-            for number, predicted in task.predict(model, pictures):
-                path = out / f"{pictures.keys[number]}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(values[predicted]).save(path)
-        return task.evaluate(model)
-
-
-def _segmenter(encoder: Any, shape: dict[str, Any]) -> Segmenter:
-    pyramid = SimpleFeaturePyramid(
-        encoder, channels=shape["channels"], window=shape["window"], global_blocks=shape["global_blocks"]
-    )
-    return Segmenter(
-        pyramid,
-        len(shape["classes"]),
-        image_size=shape["image_size"],
-        queries=shape["queries"],
-        decoder_layers=shape["decoder_layers"],
-    )
+def _classes(config: SemanticTrainingConfig, pictures: MaskedPictures) -> ClassLabels:
+    ignored = [] if config.ignore_index is None else [config.ignore_index]
+    if config.reduce_zero_label:
+        ignored.append(0)
+    if config.classes is None:
+        return ClassLabels(find_class_names(pictures, config.workers), ignored)
+    return ClassLabels(read_class_names(config.classes, int(config.reduce_zero_label)), ignored)

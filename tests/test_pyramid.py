@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
 
 from sami_cache.errors import SamiCacheError
 from sami_cache.models.pyramid import SimpleFeaturePyramid, layer_scale
@@ -63,6 +64,19 @@ def test_the_last_map_is_that_of_transformers(size, window):
     assert {name: tuple(found.shape) for name, found in maps.items()} == {
         f"p{number}": (2, 16, size >> number, size >> number) for number in (2, 3, 4, 5)
     }
+
+
+def test_pictures_of_another_size_get_resampled_positions():
+    torch.manual_seed(0)
+    square = encoder(96)
+    wide = encoder((64, 160))
+    state = square.state_dict()
+    grid = resample_abs_pos_embed(state["pos_embed"], [4, 10], [6, 6], num_prefix_tokens=1)
+    wide.load_state_dict({**state, "pos_embed": grid})
+    pixels = torch.randn(2, 3, 64, 160)
+    mine, theirs = (SimpleFeaturePyramid(one, window=None).encode(pixels) for one in (square, wide))
+    torch.testing.assert_close(mine, theirs)
+    assert mine.shape == (2, WIDTH, 4, 10)
 
 
 def test_every_parameter_that_is_trained_gets_a_gradient():

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from timm.layers.norm import LayerNorm2d
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -41,6 +42,7 @@ class SimpleFeaturePyramid(nn.Module):
                 f"window {window}, {global_blocks} of {depth} blocks global: expected 1 token or more, and a divisor of {depth}"
             )
         self.encoder = encoder
+        encoder.patch_embed.strict_img_size = False
         # Nothing reads them here; a parameter that gets no gradient is an error where several processes train.
         for unused in ("norm", "fc_norm", "head"):
             setattr(encoder, unused, nn.Identity())
@@ -58,18 +60,24 @@ class SimpleFeaturePyramid(nn.Module):
         self.out_channels = channels
 
     def forward(self, pixels: Tensor) -> OrderedDict[str, Tensor]:
-        """Normalised [B, 3, S, S] of the encoder's size, a multiple of 32 -> {"p2": [B, C, S / 4, S / 4], ... "p5"}."""
+        """Normalised [B, 3, H, W], sides multiples of 32 -> {"p2": [B, C, H / 4, W / 4], ... "p5": [B, C, H / 32, W / 32]}.
+
+        Of another size than the encoder's, positions are resampled (bicubic, antialiased).
+        """
         features = self.encode(pixels)
         return OrderedDict((name, getattr(self, name)(features)) for name in ("p2", "p3", "p4", "p5"))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """The encoder's last map: [B, D, S / 16, S / 16]."""
+        """The encoder's last map: [B, D, H / 16, W / 16]."""
         encoder: Any = self.encoder
         tokens = encoder.patch_embed(pixels)  # [B, N, D]
         positions = encoder.pos_embed
         if not encoder.no_embed_class:
             positions = positions[:, encoder.num_prefix_tokens :]
         rows, columns = (side // 16 for side in pixels.shape[-2:])
+        if (rows, columns) != tuple(encoder.patch_embed.grid_size):
+            size, old = [rows, columns], list(encoder.patch_embed.grid_size)
+            positions = resample_abs_pos_embed(positions, size, old, num_prefix_tokens=0)
         tokens = encoder.norm_pre(encoder.pos_drop(tokens + positions)).unflatten(1, (rows, columns))
         for block, window in zip(encoder.blocks, self.windows, strict=True):
             tokens = _attend(block, tokens, window)
