@@ -120,7 +120,7 @@ def test_a_big_picture_is_shown_small_and_downloaded_whole(server, model):
     key = opened(server, image)
     question = {"points": [[1200, 300]], "labels": [1], "box": None}
     found = ask(server, "/api/predict", {"id": key, **question})
-    assert (found["width"], found["height"]) == (640, 768)
+    assert (found["width"], found["height"]) == (640, 480)
     status, said = call(server, "/api/mask", {"id": key, "choice": 2, **question})
     mask = np.asarray(Image.open(io.BytesIO(said)))
     assert status == 200
