@@ -224,7 +224,7 @@ def test_plan_is_close_and_writes_nothing(photos, extracted):
     "settings",
     [
         {},
-        {"teacher": "vit_b", "weights": "random", "image_size": 64, "grid": 4},
+        pytest.param({"teacher": "vit_b", "weights": "random", "image_size": 64, "grid": 4}, marks=pytest.mark.slow),
         {"teacher": "resnet18", "weights": "random", "grid": 8, "image_size": 64, "views": 2},
         {"codec": "float16", "images": False},
         {"count": 20, "views": 16},

@@ -156,6 +156,7 @@ def test_bfloat16_trains_as_float32_does(folder, tmp_path, variant):
     assert rounded == pytest.approx(exact, rel=5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_a_compiled_run_is_the_plain_one(folder, tmp_path):
     """Nothing is compiled twice: evaluation, whose last batch is smaller, takes the model as it is."""

@@ -102,6 +102,7 @@ def sam_b_file(sam_b, tmp_path_factory) -> Iterator[Path]:
     path.unlink()  # pytest keeps the folders of three runs
 
 
+@pytest.mark.slow  # at 224 pixels the same chain is compared with vit_h
 def test_vit_b_at_1024_gives_the_features_of_segment_anything(sam_b, sam_b_file):
     photo = skimage.data.chelsea()
     predictor = SamPredictor(sam_b)
