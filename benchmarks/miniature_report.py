@@ -8,7 +8,7 @@ import re
 import statistics
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -216,8 +216,9 @@ def write_report(place: Place, arms: Iterable[str], out: Path) -> Path:
             f"linear probe {100 * teacher['linear']:.2f} %.",
             "",
         ]
-    for question in QUESTIONS:
-        if not any(arm in results for arm in question.arms if arm not in ("sami", question.base)):
+    for asked in QUESTIONS:
+        question = replace(asked, arms=tuple(arm for arm in asked.arms if arm in results))
+        if len(question.arms) < 2:
             continue
         picture = page.with_name(f"{page.stem}-{question.topic}.png")
         plot(results, question, picture)

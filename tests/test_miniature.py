@@ -110,6 +110,9 @@ def test_arms_differ_by_what_they_say_and_a_page_compares_them(miniature, place,
     assert "Not run:" in text
     assert "vit_t-mae" in text.split("Not run:")[1]
     assert page.with_name(f"{page.stem}-table-1.png").stat().st_size > 1000
+    assert "## Is a cache as good as the teacher online?" in text
+    assert "MAE, all-token" not in text  # no row for what was not run
+    assert "codec's error cost" not in text  # nor a question with one arm
 
 
 def test_no_image_that_is_judged_is_learnt_from(miniature, place):
