@@ -131,7 +131,8 @@ class Place:
 
 def result_path(place: Place, arm: str, seed: int, stage: str) -> Path:
     """Of a stage: there once it is finished."""
-    return place.cache(arm).with_suffix(".json") if stage == "cache" else place.folder(arm, seed) / f"{stage}.json"
+    # Not `with_suffix`: "whole-0.1" and "whole-0.3" have none to replace.
+    return Path(f"{place.cache(arm)}.json") if stage == "cache" else place.folder(arm, seed) / f"{stage}.json"
 
 
 def make(place: Place, name: str, arm: Arm | None, seed: int, stage: str) -> dict[str, Any]:

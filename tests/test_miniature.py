@@ -146,3 +146,12 @@ def test_the_most_important_comes_first_and_what_it_needs_before_it(miniature):
     main = [number for number, job in enumerate(jobs) if job.arm in miniature.MAIN]
     assert max(main) < min(number for number, job in enumerate(jobs) if job.arm in ("cosine", "error10", "vit_t-mae"))
     assert miniature.seconds_of("1.5h") == 5400
+
+
+def test_every_stage_has_a_result_of_its_own(miniature, place):
+    """Caches of 10 % and 30 % error once shared one file, and the second was taken for made."""
+    import miniature_stages as stages
+
+    jobs = miniature.plan(miniature.ARMS, 3)
+    files = [stages.result_path(place, job.arm, job.seed, job.stage) for job in jobs]
+    assert len(set(files)) == len(jobs)
