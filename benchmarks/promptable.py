@@ -35,11 +35,14 @@ from pipelines.export import export_promptable
 from pipelines.finetune_promptable import PromptableTrainingConfig, finetune_promptable
 from sami_cache.data.annotations import Annotations, open_annotations
 from sami_cache.inference.protocols import PROTOCOLS
+from sami_cache.mask_losses import mask_iou
 from sami_cache.prompts import PromptConfig
 
 TRAINED_ON = 80
 ARMS = {"taught": "pretrained student", "scratch": "the same student from scratch"}
 CURVES = {"heldout_box_miou": "box", "heldout_click_miou": "1 click"}
+EVALUATED_ON = {"heldout": "", "all": " (all)"}
+"""Parts of `split`, and what their columns' names end in."""
 EVALUATED = {"single": ("box", "1", "3"), "efficientsam": ("box",)}
 
 
@@ -78,7 +81,7 @@ def train(given: argparse.Namespace) -> None:
 
     def measure(model: Path | None, out: str) -> dict[str, float]:
         found = {}
-        for part in ("heldout", "all"):
+        for part, suffix in EVALUATED_ON.items():
             for protocol, asked in EVALUATED.items():
                 config = EvaluationConfig(
                     model=model,
@@ -90,13 +93,13 @@ def train(given: argparse.Namespace) -> None:
                     overwrite=True,
                 )
                 for row in evaluate(config)["miou"]:
-                    found[f"{protocol}/{row['prompt']}" + (" (all)" if part == "all" else "")] = row["miou"]
+                    found[f"{protocol}/{row['prompt']}{suffix}"] = row["miou"]
         return found
 
     _write(given.work / "box.json", measure(None, "box-itself"))
     ceiling = {
         f"single/box{suffix}": drawn_coarsely(open_annotations(parts[part], given.images), given.image_size)
-        for part, suffix in (("heldout", ""), ("all", " (all)"))
+        for part, suffix in EVALUATED_ON.items()
     }
     _write(given.work / "ceiling.json", ceiling)
     for seed in range(given.seeds):
@@ -134,16 +137,15 @@ def drawn_coarsely(annotations: Annotations, image_size: int) -> float:
     ious = []
     for number in range(len(annotations)):
         for found in annotations.objects(number):
-            mask = found.mask()
+            mask = torch.from_numpy(found.mask())[None, None]
             if found.crowd or not mask.any():
                 continue
-            scale = image_size / max(mask.shape) / 4
-            cells = F.interpolate(
-                torch.from_numpy(mask)[None, None].float(), [round(side * scale) for side in mask.shape], mode="area"
-            )
-            again = F.interpolate(cells, mask.shape, mode="bilinear", align_corners=False)[0, 0].numpy() > 0.5
-            ious.append((mask & again).sum() / (mask | again).sum())
-    return float(np.mean(ious))
+            size = mask.shape[-2:]
+            scale = image_size / max(size) / 4
+            cells = F.interpolate(mask.float(), [round(side * scale) for side in size], mode="area")
+            again = F.interpolate(cells, size, mode="bilinear", align_corners=False) > 0.5
+            ious.append(mask_iou(mask, again).item())
+    return statistics.mean(ious)
 
 
 def _write(path: Path, content: Any) -> None:
