@@ -60,6 +60,9 @@ def extract(
     fit_images: Annotated[
         int | None, typer.Option(min=1, help="Images that the codec is fitted on, drawn at random. Default 256, or 512 MiB.")
     ] = None,
+    codec_from: Annotated[
+        Path | None, typer.Option(help="Another cache, whose codec to take instead of fitting one: for `merge`.")
+    ] = None,
     images: Annotated[
         bool | None,
         typer.Option("--images/--no-images", help="Keep a JPEG of each image, so that training needs the cache alone."),
@@ -84,8 +87,9 @@ def extract(
 ) -> None:
     """Run a teacher once over a set of images and store its embeddings.
 
-    Interrupt it as you like: the same command goes on where it stopped. Settings that you leave out are the cache's own,
-    or the defaults. Images that cannot be used are recorded with the reason, and the run goes on.
+    Interrupt it as you like: the same command goes on where it stopped. Where images were added, it does the new ones only.
+    Settings that you leave out are the cache's own, or the defaults. Images that cannot be used are recorded with the reason,
+    and the run goes on.
     """
     from pipelines import extract as stage
     from pipelines import plan as planning
@@ -105,6 +109,7 @@ def extract(
         codec=codec,
         error=error,
         fit_images=fit_images,
+        codec_from=codec_from,
         images=images,
         shard_samples=shard_samples,
         batch_size=batch_size,
@@ -143,6 +148,10 @@ def _print_summary(summary: "Summary", as_json: bool) -> None:
         if summary.differences:
             text += f"; {len(summary.differences)} of them differ from ours (shards {summary.differences[:SHOWN]})"
         rows.append(("other writers", text))
+    if summary.before is not None:
+        rows.append(
+            ("as it was", f"{summary.before}, which shares its files with the grown cache; delete it when nothing reads it")
+        )
     typer.echo(table(rows))
     if summary.error and summary.asked and summary.error > 1.1 * summary.asked:
         mend = ": a larger --fit-images, into a new --cache, comes nearer" if summary.fit_samples >= summary.fit_images else ""

@@ -18,6 +18,7 @@ from cli import (
     export_commands,
     finetune_commands,
     inspect_command,
+    join_commands,
     probe_command,
     segment_commands,
     train_commands,
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 cache_commands.register(app)
 inspect_command.register(app)
+join_commands.register(app)
 train_commands.register(app)
 segment_commands.register(app)
 finetune_commands.register(app)

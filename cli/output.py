@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 STAGES = {
     "check": "checking committed images",
+    "copy": "copying what is there",
     "fit": "fitting the codec",
     "extract": "extracting",
     "stop": "stopping after the shard in hand (signal again to stop now),",

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from pipelines import growing
 from pipelines.embedding import Embedded
 from pipelines.jobs import ExtractConfig, Job, Progress, how_to_go_on, prepare_job
 from pipelines.plan import RESERVE_BYTES, check_space, free_space, measure
@@ -49,10 +50,14 @@ class Summary:
     """Shards that another process committed first."""
     differences: list[int] = field(default_factory=list)
     """Those of them whose codes differ from ours: the teacher is not deterministic here."""
+    before: Path | None = None
+    """Where the cache is as it was before it grew."""
 
 
 def extract(config: ExtractConfig, on_progress: Callable[[Progress], None] = lambda _: None) -> Summary:
     """Extract, or go on with what an earlier run of the same settings left, and seal the cache.
+
+    Where images were added to those of the cache, it grows: only they go through the teacher (`growing.py`).
 
     Raises:
         IdentityError: the cache was made with other settings or images; the differing fields are listed. Images are compared
@@ -62,6 +67,7 @@ def extract(config: ExtractConfig, on_progress: Callable[[Progress], None] = lam
     """
     started = time.perf_counter()
     with StopSignal(lambda: how_to_go_on(config.cache), config.grace) as stop:
+        growing.settle(config.cache)
         job = prepare_job(config)
         if job.cache is not None and not config.trust_images:
             _check_committed(job, job.cache, on_progress)
@@ -70,18 +76,22 @@ def extract(config: ExtractConfig, on_progress: Callable[[Progress], None] = lam
             check_space(outlook, config.cache)
             job.cache = create_cache(config.cache, **job.head(outlook.codec))
         cache = job.cache
+        grown = growing.grow(job, cache, on_progress, stop) if job.added else 0
+        cache = Cache(growing.growing_place(job)) if job.added else cache
         committed = set(cache.committed())
         missing = [shard for shard in range(cache.shards) if shard not in committed]
         commits = run_shards(job, cache, missing, on_progress, stop) if missing else []
         on_progress(Progress(stage="seal", done=cache.samples, total=cache.samples))
         root = seal_cache(cache)
+        before = growing.settle(config.cache)
+        cache = Cache(config.cache)
     lost = cache.manifest(root, ["key", "status", "error", "energy", "clipped"])
     failed = lost.filter(pc.field("status") != OK)
     energy, clipped = lost["energy"].drop_null().to_numpy(), lost["clipped"].drop_null().to_numpy()
     return Summary(
         cache=config.cache,
         root=root,
-        samples_done=sum(len(cache.shard_samples(commit.record.shard)) for commit in commits if commit.won),
+        samples_done=grown + sum(len(cache.shard_samples(commit.record.shard)) for commit in commits if commit.won),
         seconds=time.perf_counter() - started,
         bytes=cache.size_on_disk(),
         failures=list(zip(failed["key"].to_pylist(), failed["status"].to_pylist(), strict=True)),
@@ -92,6 +102,7 @@ def extract(config: ExtractConfig, on_progress: Callable[[Progress], None] = lam
         clipped=(int(clipped.sum()), int((clipped > 0).sum())),
         other_writers=sum(not commit.won for commit in commits),
         differences=[commit.record.shard for commit in commits if not commit.same],
+        before=before,
     )
 
 

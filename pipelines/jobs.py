@@ -12,6 +12,7 @@ import torch
 
 from pipelines.embedding import PRECISIONS, Embedder, ViewMode
 from sami_cache import __version__
+from sami_cache.data.source import Rearranged
 from sami_cache.data.sources import Source, open_source
 from sami_cache.errors import DamageError, IdentityError, SamiCacheError
 from sami_cache.models.teachers import load_teacher
@@ -19,6 +20,7 @@ from sami_cache.models.weights import check_file_digest
 from sami_cache.processes import GRACE, keep_freed_memory
 from sami_cache.store.cache import Cache, choose_layout, listing_digest
 from sami_cache.store.codecs import CODECS, Codec
+from sami_cache.store.copying import same_codec
 from sami_cache.store.files import as_damage
 from sami_cache.store.head import HEAD, is_cache
 
@@ -52,6 +54,8 @@ class ExtractConfig:
     """Keep a JPEG of each image (short side 256) in the cache. Default True."""
     fit_images: int | None = None
     """Images the codec is fitted on. Default 256, fewer when their embeddings exceed 512 MiB."""
+    codec_from: Path | None = None
+    """A cache whose codec to take instead of fitting one, so that the two can be merged as they are."""
     shard_samples: int | None = None
     batch_size: int | None = None
     """Images the teacher sees at once. Default 8 on the CPU, 32 on a GPU. Recorded; not part of the identity."""
@@ -70,7 +74,8 @@ class Progress:
     """A moment of an extraction."""
 
     stage: str
-    """`check` (the images of committed shards), `fit`, `extract`, `stop` (the shard in hand is finished) or `seal`."""
+    """`check` (the images of committed shards), `copy` (what another cache holds), `fit`, `extract`, `stop` (the shard in hand
+    is finished) or `seal`."""
     done: int = 0
     total: int = 0
     """Samples, those of earlier runs included."""
@@ -91,6 +96,10 @@ class Job:
     embedder: Embedder
     cache: Cache | None
     codec_settings: dict[str, Any]
+    codec: Codec | None = None
+    """Another cache's, to be used instead of a fitted one."""
+    added: int = 0
+    """Images that `cache` does not have yet; they come last in `source`."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -102,7 +111,9 @@ class Job:
         return {
             "identity": self.identity,
             "codec": codec,
-            "layout": choose_layout(codec, embedder.grid, len(embedder), self.config.shard_samples),
+            "layout": self.cache.layout
+            if self.cache
+            else choose_layout(codec, embedder.grid, len(embedder), self.config.shard_samples),
             "keys": self.source.keys,
             "labels": self.source.labels,
             "class_names": self.source.class_names,
@@ -122,7 +133,10 @@ class Job:
 
 
 def prepare_job(config: ExtractConfig) -> Job:
-    """Resolve the settings against the cache that is there, load the teacher, and check that they agree."""
+    """Resolve the settings against the cache that is there, load the teacher, and check that they agree.
+
+    The source has the cache's images in the cache's order, then those that were added since (`Job.added`).
+    """
     existing = Cache(config.cache) if is_cache(config.cache) else None
     if existing is None and config.cache.exists() and (not config.cache.is_dir() or any(config.cache.iterdir())):
         raise SamiCacheError(f"{config.cache}: exists and is not a cache. Give another --cache, or move it away.")
@@ -135,8 +149,9 @@ def prepare_job(config: ExtractConfig) -> Job:
     if settings["grid"] < 1 or settings["views"] < 0 or settings["batch_size"] < 1:
         raise SamiCacheError("--grid and --batch-size must be at least 1, --views at least 0.")
     source = open_source(config.data, kind=config.source_kind)
+    added = 0
     if existing:
-        _check_listing(existing, source)
+        source, added = arrange(existing, source)
     if config.weights_sha256:
         check_file_digest(settings["weights"], config.weights_sha256)
     teacher = load_teacher(
@@ -161,9 +176,15 @@ def prepare_job(config: ExtractConfig) -> Job:
         workers=config.workers or min(16, os.cpu_count() or 1),
     )
     codec = {"name": settings["codec"], "error": settings["error"] if settings["codec"] == "pca" else None}
-    job = Job(config, source, embedder, existing, codec | {"fit_images": settings["fit_images"]})
+    job = Job(config, source, embedder, existing, codec | {"fit_images": settings["fit_images"]}, added=added)
     if existing:
         existing.check_identity(job.identity)
+    if config.codec_from is not None:
+        other = Cache(config.codec_from)
+        other.check_identity(job.identity)
+        if existing and not same_codec(existing, other):
+            raise IdentityError(f"{existing.path} has a codec already, and not that of {other.path}. Leave out --codec-from.")
+        job.codec = other.codec
     return job
 
 
@@ -218,24 +239,39 @@ def _settings(config: ExtractConfig, existing: dict[str, Any] | None) -> dict[st
     return {**defaults, **given, "device": device}
 
 
-def _check_listing(cache: Cache, source: Source) -> None:
-    """Raise IdentityError unless the source lists the images the cache was made for."""
+def arrange(cache: Cache, source: Source) -> tuple[Source, int]:
+    """The images of a source in the order of a cache, then those that it does not have, and how many these are.
+
+    Classes keep the cache's numbers; new ones follow. Raises IdentityError where images of the cache are gone or have other
+    labels.
+    """
     if listing_digest(source.keys, source.labels) == cache.attributes["listing"]:
         if len(source) * max(1, cache.views) == cache.samples:
-            return
+            return source, 0
         raise DamageError(f"{cache.path}: its head counts {cache.samples} samples, its listing {len(source)} images")
-    before, now = cache.listing["key"].to_pylist(), list(source.keys)
+    before, labels_before = cache.listing["key"].to_pylist(), cache.listing["label"].to_pylist()
+    where = {key: index for index, key in enumerate(source.keys)}
+    known = set(before)
+    removed = sorted(known - where.keys())
+    added = [index for index, key in enumerate(source.keys) if key not in known]
+    names, numbers = source.class_names, None
+    if names is not None and cache.attributes["class_names"] is not None:
+        names = list(dict.fromkeys([*cache.attributes["class_names"], *names]))
+        numbers = [names.index(name) for name in source.class_names or ()]
+    labels = [label if label is None or numbers is None else numbers[label] for label in source.labels]
+    moved = [key for key, label in zip(before, labels_before, strict=True) if key in where and labels[where[key]] != label]
+    if not removed and not moved:
+        order = [where[key] for key in before] + added
+        return Rearranged(source, order, [labels[index] for index in order], names), len(added)
     lines = []
-    for what, keys in (("added", set(now) - set(before)), ("removed", set(before) - set(now))):
+    for what, keys in (("removed", removed), ("with another label", sorted(moved))):
         if keys:
-            shown = ", ".join(sorted(keys)[:3])
-            lines.append(f"{len(keys)} {what}: {shown}{', ...' if len(keys) > 3 else ''}")
-    if not lines:
-        lines.append("the same images with other labels or in another order")
+            lines.append(f"{len(keys)} {what}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}")
     raise IdentityError(
-        f"{cache.path} was made for {len(before)} images, {source.location} has {len(now)}:\n  "
+        f"{cache.path} was made for {len(before)} images, {source.location} has {len(source)}:\n  "
         + "\n  ".join(lines)
-        + "\nGive the --data it was made from, or another --cache to make a new one."
+        + f"\nGive the --data it was made from, or another --cache to make a new one. (`sami-cache subset {cache.path} --data "
+        f"{source.location} --out NEW` keeps what is still there.)"
     )
 
 

@@ -92,9 +92,10 @@ def measure(job: Job, on_progress: Callable[[Progress], None] = lambda _: None, 
         )
     check_embeddings(tried.embeddings, tried.samples, good)
     fitted = tried.embeddings if good.all() else tried.embeddings[good]
-    codec = job.cache.codec if job.cache else fit_codec(settings["name"], fitted, error=settings["error"] or 0.01)
+    known = job.cache.codec if job.cache else job.codec
+    codec = known if known is not None else fit_codec(settings["name"], fitted, error=settings["error"] or 0.01)
     head = job.head(codec)
-    layout = job.cache.layout if job.cache else head["layout"]
+    layout = head["layout"]
     there = job.cache.size_on_disk() if job.cache else SEAL_BYTES + sum(map(len, static_files(**head).values()))
     done = sum(len(job.cache.shard_samples(shard)) for shard in job.cache.committed()) if job.cache else 0
     shards = -(-len(embedder) // layout.shard_samples) / len(embedder)

@@ -4,6 +4,7 @@ import os
 import re
 import stat
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 from sami_cache.errors import ImageError
@@ -49,6 +50,19 @@ class Source(ABC):
     @abstractmethod
     def _read(self, index: int) -> bytes:
         """The same for an index that is in range; an OSError becomes the reason."""
+
+
+class Rearranged(Source):
+    """Some samples of another source in an order of their own, with labels of their own."""
+
+    def __init__(self, source: Source, indices: Sequence[int], labels: list[int | None], class_names: list[str] | None) -> None:
+        """`indices`: which samples of `source`, in order; `labels`: of these."""
+        super().__init__(source.location, [source.keys[index] for index in indices], labels, class_names)
+        self.kind = source.kind
+        self._source, self._indices = source, indices
+
+    def _read(self, index: int) -> bytes:
+        return self._source._read(self._indices[index])
 
 
 def file_text(name: str | os.PathLike[str]) -> str:

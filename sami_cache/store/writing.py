@@ -7,7 +7,7 @@ the record first has committed the shard; a file without a record is not data.
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -84,12 +84,60 @@ def write_shard(
     check_embeddings(embeddings, samples, good)
     codes = np.zeros((len(good), *cache.layout.sample_shape), cache.layout.stored_dtype)
     codes[good] = cache.codec.encode(_only(embeddings, good))
+
+    def close(found: np.ndarray) -> bool:
+        usable = _only(embeddings, good)
+        ours, _ = cache.codec.distortion(usable, _only(codes, good))
+        theirs, _ = cache.codec.distortion(usable, _only(found, good))
+        # Another device or batch size moves a few codes by one; another image or teacher does not come near.
+        return bool(np.all(theirs <= 2 * ours + 1e-3)) and not found[~good].any()
+
+    def complete(stored: np.ndarray, jpegs: dict[str, list[int]]) -> list[Sample]:
+        return complete_samples(cache.codec, embeddings, stored, samples, good, jpegs)
+
+    return _commit(cache, shard, codes, samples, images, close, complete)
+
+
+def write_codes(
+    cache: Cache, shard: int, codes: np.ndarray, samples: Sequence[Sample], images: Sequence[bytes | None]
+) -> Commit:
+    """Publish and commit one shard whose codes are known, those of another cache with the same codec for instance.
+
+    Args:
+        codes: [n, kept, grid / block, grid / block] of the layout's dtype.
+        samples: complete but for the places of their images.
+        images: as `write_shard` has them.
+
+    Raises what `write_shard` raises.
+    """
+
+    def complete(_: np.ndarray, jpegs: dict[str, list[int]]) -> list[Sample]:
+        return [replace(sample, jpeg=jpegs.get(sample.key)) for sample in samples]
+
+    return _commit(cache, shard, codes, samples, images, lambda found: np.array_equal(found, codes), complete)
+
+
+def _commit(
+    cache: Cache,
+    shard: int,
+    codes: np.ndarray,
+    samples: Sequence[Sample],
+    images: Sequence[bytes | None],
+    close: Callable[[np.ndarray], bool],
+    complete: Callable[[np.ndarray, dict[str, list[int]]], list[Sample]],
+) -> Commit:
+    """Publish a shard's files, read them back, and publish its record.
+
+    Args:
+        close: whether codes that another writer left there will do.
+        complete: the record's samples, for the codes and the images' places that are there in the end.
+    """
     names = cache.shard_files(shard)
     won, content = False, digest(codes.data.cast("B"))
     known = _Known()
     with suppress(_Overtaken), disk_full_as_error(cache.path, f"writing shard {shard}, which was not committed"):
         _check_not_committed(cache, shard)
-        mine, codes, checksums = _publish_codes(cache, shard, embeddings, codes, good, known)
+        mine, codes, checksums = _publish_codes(cache, shard, codes, close, known)
         files, jpegs = {names[0]: mine}, {}
         if cache.has_images:
             files[names[1]], jpegs = _publish_images(cache, shard, samples, images, known)
@@ -100,7 +148,7 @@ def write_shard(
             files=files,
             content=content,
             chunk_crc32c=checksums,
-            samples=complete_samples(cache.codec, embeddings, codes, samples, good, jpegs),
+            samples=complete(codes, jpegs),
         )
         won = publish(cache.record_path(shard), record_bytes(record), cache.path / "tmp")
     committed = cache.record(shard)
@@ -179,7 +227,7 @@ def _publish_or_adopt(
 
 
 def _publish_codes(
-    cache: Cache, shard: int, embeddings: np.ndarray, codes: np.ndarray, good: np.ndarray, known: _Known
+    cache: Cache, shard: int, codes: np.ndarray, close: Callable[[np.ndarray], bool], known: _Known
 ) -> tuple[FileEntry, np.ndarray, list[int]]:
     """Publish or adopt the shard file; returns its size and digest, the codes read back from it, and its chunks' checksums."""
     name = cache.shard_files(shard)[0]
@@ -196,11 +244,7 @@ def _publish_codes(
             found, _ = read(data)
         except DamageError:
             return False
-        usable = _only(embeddings, good)
-        ours, _ = cache.codec.distortion(usable, _only(codes, good))
-        theirs, _ = cache.codec.distortion(usable, _only(found, good))
-        # Another device or batch size moves a few codes by one; another image or teacher does not come near.
-        return bool(np.all(theirs <= 2 * ours + 1e-3)) and not found[~good].any()
+        return close(found)
 
     for _ in range(_ATTEMPTS):
         data = _publish_or_adopt(cache, shard, name, packed, adoptable, known)
