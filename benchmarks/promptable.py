@@ -116,7 +116,7 @@ def train(given: argparse.Namespace) -> None:
                 student=given.encoder,
                 prompts=replace(prompts, crop=1.0),
                 seed=seed,
-                **recipe,
+                **recipe | {"lr": given.shape_lr, "batch_size": given.shape_batch},
             )
             last = learn(
                 run,
@@ -132,7 +132,7 @@ def train(given: argparse.Namespace) -> None:
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             curve = [line for line in lines if "heldout_box_miou" in line]
             found = {"recipe": recipe | asdict(prompts), "final": measure(run, run.name), "curve": curve}
-            found["recipe"] |= {"steps": given.steps, "shape_steps": given.shape_steps}
+            found["recipe"] |= {name: getattr(given, name) for name in ("steps", "shape_steps", "shape_lr", "shape_batch")}
             _write(result, found | {"seconds": last["seconds"]})
     report(given)
 
@@ -295,13 +295,15 @@ def main() -> None:
     training.add_argument("--images", type=Path, required=True)
     training.add_argument("--student", type=Path, required=True)
     training.add_argument("--encoder", default="vit_t", help="what RUN is")
-    training.add_argument("--shape-steps", type=int, default=1000)
+    training.add_argument("--shape-steps", type=int, default=3000)
+    training.add_argument("--shape-lr", type=float, default=6e-4)
+    training.add_argument("--shape-batch", type=int, default=16)
     training.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     training.add_argument("--seeds", type=int, default=3)
     training.add_argument("--steps", type=int, default=4000)
     training.add_argument("--batch-size", type=int, default=8)
     training.add_argument("--min-area", type=int, default=32**2, help="pixels; smaller objects are left out")
-    training.add_argument("--lr", type=float, default=3e-4)
+    training.add_argument("--lr", type=float, default=1e-4)
     training.add_argument("--crop", type=float, default=0.5)
     training.add_argument("--precision", default="float32")
     training.add_argument("--image-size", type=int, default=224)
