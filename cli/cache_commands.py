@@ -61,7 +61,7 @@ def extract(
         int | None, typer.Option(min=1, help="Images that the codec is fitted on, drawn at random. Default 256, or 512 MiB.")
     ] = None,
     codec_from: Annotated[
-        Path | None, typer.Option(help="Another cache, whose codec to take instead of fitting one: for `merge`.")
+        Path | None, typer.Option(help="Another cache, to take the codec and the settings left out from: for `merge`.")
     ] = None,
     images: Annotated[
         bool | None,

@@ -55,7 +55,7 @@ class ExtractConfig:
     fit_images: int | None = None
     """Images the codec is fitted on. Default 256, fewer when their embeddings exceed 512 MiB."""
     codec_from: Path | None = None
-    """A cache whose codec to take instead of fitting one, so that the two can be merged as they are."""
+    """A cache to take the codec and the settings left open from, so that the two can be merged as they are."""
     shard_samples: int | None = None
     batch_size: int | None = None
     """Images the teacher sees at once. Default 8 on the CPU, 32 on a GPU. Recorded; not part of the identity."""
@@ -140,8 +140,10 @@ def prepare_job(config: ExtractConfig) -> Job:
     existing = Cache(config.cache) if is_cache(config.cache) else None
     if existing is None and config.cache.exists() and (not config.cache.is_dir() or any(config.cache.iterdir())):
         raise SamiCacheError(f"{config.cache}: exists and is not a cache. Give another --cache, or move it away.")
-    with as_damage(config.cache / HEAD, "not the head of an extraction") if existing else nullcontext():
-        settings = _settings(config, existing.attributes if existing else None)
+    other = Cache(config.codec_from) if config.codec_from is not None else None
+    model = existing or other
+    with as_damage(model.path / HEAD, "not the head of an extraction") if model else nullcontext():
+        settings = _settings(config, model.attributes if model else None)
     if settings["codec"] not in CODECS:
         raise SamiCacheError(f"codec {settings['codec']!r} is unknown; choose one of {', '.join(CODECS)}.")
     if settings["precision"] not in PRECISIONS:
@@ -179,8 +181,7 @@ def prepare_job(config: ExtractConfig) -> Job:
     job = Job(config, source, embedder, existing, codec | {"fit_images": settings["fit_images"]}, added=added)
     if existing:
         existing.check_identity(job.identity)
-    if config.codec_from is not None:
-        other = Cache(config.codec_from)
+    if other:
         other.check_identity(job.identity)
         if existing and not same_codec(existing, other):
             raise IdentityError(f"{existing.path} has a codec already, and not that of {other.path}. Leave out --codec-from.")
@@ -198,7 +199,7 @@ _TYPES: dict[str, Any] = dict.fromkeys(("grid", "views", "seed", "fit_images", "
 
 
 def _settings(config: ExtractConfig, existing: dict[str, Any] | None) -> dict[str, Any]:
-    """Each setting that was left open: the cache's if there is one, else the default."""
+    """Each setting that was left open: the cache's, or that of the one whose codec is taken, else the default."""
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = torch.device(device).type == "cuda"
     views = config.views or 0
