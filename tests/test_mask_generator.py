@@ -209,7 +209,8 @@ def test_the_pipeline_gives_the_masks_of_transformers(models: Trio, photo: np.nd
     generator = MaskGenerationPipeline(models.ours, points_per_side=5, box_nms_thresh=0.9, **settings)
     Image.fromarray(photo).save(tmp_path / "cat.png")
     of_path, of_array = generator([tmp_path / "cat.png", photo])
-    for found in (generator(Image.fromarray(photo), points_per_batch=64), of_path, of_array):
+    under_their_names = MaskGenerationPipeline(models.ours, crops_nms_thresh=0.9, **settings)(photo, points_per_crop=5)
+    for found in (generator(Image.fromarray(photo), points_per_batch=64), of_path, of_array, under_their_names):
         assert sorted(found) == ["masks", "scores"]
         torch.testing.assert_close(found["scores"], expected["scores"], atol=1e-5, rtol=0)
         assert len(found["masks"]) == len(expected["masks"]) > 5
@@ -219,6 +220,10 @@ def test_the_pipeline_gives_the_masks_of_transformers(models: Trio, photo: np.nd
     (tmp_path / "text.jpg").write_text("no picture")
     with pytest.raises(ImageError, match="not an image"):
         generator(tmp_path / "text.jpg")
+    with pytest.raises(
+        SamiCacheError, match=r"points_per_row is no setting of mask generation: expected one of .*points_per_crop"
+    ):
+        generator(photo, points_per_row=5)
 
 
 @pytest.mark.parametrize(
