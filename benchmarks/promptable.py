@@ -23,7 +23,7 @@ import argparse
 import json
 import math
 import statistics
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def train(given: argparse.Namespace) -> None:
         "error_points": given.error_points,
         "mask_rounds": given.mask_rounds,
     }
-    prompts = PromptConfig(max_objects=given.max_objects, flip=True, crop=given.crop)
+    prompts = PromptConfig(max_objects=given.max_objects, flip=True, crop=given.crop, box_share=given.box_share)
 
     def measure(model: Path | None, out: str) -> dict[str, float]:
         found = {}
@@ -114,7 +114,7 @@ def train(given: argparse.Namespace) -> None:
                 images=drawn.parent,
                 init=given.student if arm == "taught" else None,
                 student=given.encoder,
-                prompts=replace(prompts, crop=1.0),
+                prompts=PromptConfig(max_objects=given.max_objects, flip=True),
                 seed=seed,
                 **recipe | {"lr": given.shape_lr, "batch_size": given.shape_batch},
             )
@@ -305,6 +305,7 @@ def main() -> None:
     training.add_argument("--min-area", type=int, default=32**2, help="pixels; smaller objects are left out")
     training.add_argument("--lr", type=float, default=1e-4)
     training.add_argument("--crop", type=float, default=0.5)
+    training.add_argument("--box-share", type=float, default=0.5, help="of the prompts for photographs; the others are clicks")
     training.add_argument("--precision", default="float32")
     training.add_argument("--image-size", type=int, default=224)
     training.add_argument("--error-points", type=int, default=0)
