@@ -75,6 +75,9 @@ def extract(
     shard_samples: Annotated[int | None, typer.Option(help="Samples a shard, a power of two. Default: 17 to 34 MB.")] = None,
     source_kind: Annotated[str | None, typer.Option(help="folder, tar or parquet, where --data holds several.")] = None,
     device: Device = "auto",
+    attention: Annotated[
+        str, typer.Option(help="How a SAM attends: timm, folded or flex; the same but for rounding, which differ in speed.")
+    ] = "timm",
     workers: Workers = None,
     grace: Grace = 20.0,
     trust_images: Annotated[
@@ -114,6 +117,7 @@ def extract(
         shard_samples=shard_samples,
         batch_size=batch_size,
         device=device,
+        attention=attention,
         workers=workers,
         source_kind=source_kind,
         grace=grace,

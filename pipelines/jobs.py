@@ -15,6 +15,7 @@ from sami_cache import __version__
 from sami_cache.data.source import Rearranged
 from sami_cache.data.sources import Source, open_source
 from sami_cache.errors import DamageError, IdentityError, SamiCacheError
+from sami_cache.models.fast_attention import use_attention
 from sami_cache.models.teachers import load_teacher
 from sami_cache.models.weights import check_file_digest
 from sami_cache.processes import GRACE, keep_freed_memory
@@ -60,6 +61,8 @@ class ExtractConfig:
     batch_size: int | None = None
     """Images the teacher sees at once. Default 8 on the CPU, 32 on a GPU. Recorded; not part of the identity."""
     device: str = "auto"
+    attention: str = "timm"
+    """How a SAM's attention is computed: timm, folded or flex, equal but for rounding. Recorded; not part of the identity."""
     workers: int | None = None
     """Threads that read and decode images. Default: one per core, 16 at most."""
     source_kind: str | None = None
@@ -123,6 +126,7 @@ class Job:
                 "weights_from": embedder.teacher.info.weights,
                 "seed": embedder.mode.seed,
                 "batch_size": embedder.batch_size,
+                "attention": self.config.attention,
                 "device": torch.cuda.get_device_name(embedder.device) if embedder.device.type == "cuda" else "cpu",
                 "machine": platform.machine(),
                 "python": platform.python_version(),
@@ -164,6 +168,7 @@ def prepare_job(config: ExtractConfig) -> Job:
         grid=settings["grid"],
         seed=settings["seed"],
     )
+    use_attention(teacher.encoder, config.attention)
     device = torch.device(settings["device"])
     keep_freed_memory()
     embedder = Embedder(
