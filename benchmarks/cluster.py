@@ -2,11 +2,11 @@
 
     python benchmarks/cluster.py [--workers 1 2 4 8 16 32 64] [--shards 12] [--sleep 2.5] [--out FILE]
 
-Every worker is a process of Dask's, under a nanny that starts another in place of one that dies. A task is a shard: it sleeps as
-long as a teacher would compute, then encodes, publishes, reads back and commits a small shard into a real cache. A task whose
-shard is committed already does nothing, as in an extraction. Deaths are SIGKILLs to a random worker at random times (a Poisson
-process) whatever the worker is at. In the end the cache is sealed and verified, and its root must be that of a cache which one
-process wrote undisturbed.
+Every worker is a process of Dask's, under a nanny that starts another in place of one that dies. A task is a shard: it sleeps
+as long as a teacher would compute, then encodes, publishes, reads back and commits a small shard into a real cache. A task
+whose shard is committed already does nothing, as in an extraction. Deaths are SIGKILLs to a random worker at random times (a
+Poisson process), whatever the worker is at. In the end the cache is sealed and verified, and its root must be that of a cache
+which one process wrote undisturbed.
 
 Efficiency: shards x sleep / (workers x seconds from the first task handed out to the last commit). Lost: seconds that killed
 workers had slept for shards they had not committed, over all seconds slept. Needs `distributed`, which the package does not.
@@ -15,6 +15,7 @@ workers had slept for shards they had not committed, over all seconds slept. Nee
 import argparse
 import importlib.metadata
 import json
+import logging
 import multiprocessing
 import os
 import platform
@@ -27,11 +28,13 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from scale import fill_shard, make_empty, small_jpeg
 
 from sami_cache.store.cache import Cache
 from sami_cache.store.integrity import verify_cache
 from sami_cache.store.writing import seal_cache
-from scale import fill_shard, make_empty, small_jpeg
 
 SHARD = 16
 PRELOAD = ["distributed", "numpy", "pyarrow", "scale"]
@@ -117,44 +120,39 @@ def shared_memory(pids: list[int]) -> int:
     return total
 
 
+def start_cluster(folder: Path, workers: int) -> Any:
+    """A cluster of single-threaded worker processes, each under its nanny."""
+    from dask.config import set as configure
+    from distributed import LocalCluster, utils
+
+    configure(
+        {
+            "distributed.worker.multiprocessing-method": "forkserver",
+            # A shard whose worker was killed again and again is no poison here.
+            "distributed.scheduler.allowed-failures": 1000,
+            "distributed.comm.timeouts.connect": "120s",
+        }
+    )
+    utils.get_mp_context()  # sets a list of its own, once
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    settings: dict[str, Any] = {"dashboard_address": None, "memory_limit": 0, "silence_logs": logging.CRITICAL}
+    return LocalCluster(
+        n_workers=workers, threads_per_worker=1, processes=True, local_directory=str(folder / "scratch"), **settings
+    )
+
+
 def simulate(folder: Path, setting: Setting, seed: int = 0) -> tuple[Cache, Outcome]:
     """Fill a new cache in `folder` with a cluster; returns it, not sealed yet."""
-    import dask
-    from distributed import Client, LocalCluster, utils, wait
+    from distributed import Client, wait
 
     path, log = folder / "cache.zarr", folder / "log"
     log.mkdir(parents=True)
     cache = make_empty(path, setting.shards * SHARD, SHARD)
     done, killed = threading.Event(), {}
-    options = {
-        "distributed.worker.multiprocessing-method": "forkserver",
-        # A shard that has met many deaths is no poison here.
-        "distributed.scheduler.allowed-failures": 1000,
-        "distributed.comm.timeouts.connect": "120s",
-        "distributed.worker.memory.spill": False,
-        "distributed.worker.memory.target": False,
-        "distributed.admin.log-format": "%(message)s",
-        "logging.distributed": "critical",
-    }
-    with dask.config.set(options):
-        utils.get_mp_context()  # sets a list of its own, once
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
     started = time.monotonic()
-    with (
-        dask.config.set(options),
-        LocalCluster(
-            n_workers=setting.workers,
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address=None,
-            memory_limit=0,
-            silence_logs=50,
-            local_directory=str(folder / "scratch"),
-        ) as cluster,
-        Client(cluster) as client,
-    ):
+    with start_cluster(folder, setting.workers) as cluster, Client(cluster) as client:
         client.wait_for_workers(setting.workers, timeout=300)
-        client.run(small_jpeg)
+        client.run(small_jpeg)  # all of them have their modules
         start_seconds = time.monotonic() - started
 
         def pids() -> list[int]:
@@ -165,18 +163,16 @@ def simulate(folder: Path, setting: Setting, seed: int = 0) -> tuple[Cache, Outc
         started = time.monotonic()
         killer.start()
         try:
-            numbers = range(setting.shards)
-            futures = client.map(
-                work, [str(path)] * setting.shards, numbers, sleep=setting.sleep, log=str(log), pure=False, retries=10
-            )
+            tasks = [[str(path)] * setting.shards, range(setting.shards)]
+            futures = client.map(work, *tasks, sleep=setting.sleep, log=str(log), pure=False)
             wait(futures, timeout=600)
             seconds = time.monotonic() - started
-            memory = shared_memory(pids())
         finally:
             done.set()
             killer.join()
-            for future in futures:
-                future.result()  # raises what a task raised
+        memory = shared_memory(pids())
+        for future in futures:
+            future.result()  # raises what a task raised
     lost, slept = lost_and_slept(log, killed, setting.sleep)
     outcome = Outcome(seconds=seconds, slept=slept, lost=lost, killed=len(killed), start_seconds=start_seconds, memory=memory)
     return cache, outcome
@@ -199,7 +195,8 @@ def run(folder: Path, setting: Setting, expected_root: str, seed: int = 0) -> Ou
         cache, outcome = simulate(place, setting, seed)
         root = seal_cache(cache)["root"]
         report = verify_cache(cache.path, level="deep", expected_root=expected_root)
-        assert report.clean and root == expected_root, (root, expected_root, report.findings)
+        assert report.clean, report.findings
+        assert root == expected_root, (root, expected_root)
         return outcome
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -227,7 +224,7 @@ HEAD = ["workers", "shards", "deaths a shard", "killed", "ideal", "took", "effic
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--deaths", type=float, nargs="+", default=[0.0, 0.05], help="a shard")
+    parser.add_argument("--deaths", type=float, nargs="+", default=[0.0, 0.05, 0.2], help="a shard")
     parser.add_argument("--shards", type=int, default=12, help="a worker")
     parser.add_argument("--sleep", type=float, default=2.5, help="seconds a shard")
     parser.add_argument("--folder", type=Path, default=None, help="where the caches are made; default: the temporary folder")
@@ -254,8 +251,8 @@ def main(arguments: list[str] | None = None) -> None:
         [
             "# A simulated cluster with deaths",
             "",
-            f"Command: `{command}`. Hardware: {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, "
-            f"distributed {importlib.metadata.version('distributed')}; load {load:.1f} to {os.getloadavg()[0]:.1f}. Date: "
+            f"Command: `{command}`. Hardware: {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+            f", distributed {importlib.metadata.version('distributed')}; load {load:.1f} to {os.getloadavg()[0]:.1f}. Date: "
             f"{time.strftime('%Y%m%d')}. Duration: {time.monotonic() - started:.0f} s.",
             "",
             f"A shard: {given.sleep:g} s of sleep in place of the teacher, then {SHARD} small samples are really committed. "

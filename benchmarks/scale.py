@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from io import BytesIO
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +200,8 @@ class Cost:
     """Of one stage at one size."""
 
     seconds: float
+    processor: float
+    """Seconds that all threads of the process computed: what other work on the machine does not stretch."""
     peak: int
     """Bytes of resident memory at most."""
     note: str
@@ -209,10 +211,10 @@ def run_stage(name: str, path: Path, samples: int) -> Cost:
     """Run a stage in this process."""
     for module in IMPORTS.get(name, ()):
         import_module(module)
-    started = time.perf_counter()
+    started, computed = time.perf_counter(), time.process_time()
     note = STAGES[name][1](path, samples)
-    seconds = time.perf_counter() - started
-    return Cost(seconds=seconds, peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, note=note)
+    seconds, processor = time.perf_counter() - started, time.process_time() - computed
+    return Cost(seconds=seconds, processor=processor, peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, note=note)
 
 
 def measure(name: str, path: Path, samples: int) -> Cost:
@@ -241,16 +243,18 @@ def exponent(small: float, large: float, factor: float) -> float:
 def report(costs: dict[int, dict[str, Cost]]) -> list[str]:
     """Lines of Markdown: a row a stage, seconds and peak of every size, and how both grew."""
     sizes = sorted(costs)
-    steps = list(zip(sizes, sizes[1:], strict=False))
-    head = ["", *(f"{size:,}" for size in sizes), *(f"exponent, {a:,} to {b:,}" for a, b in steps), "memory a sample more"]
+    steps = list(pairwise(sizes))
+    head = ["", *(f"{size:,}" for size in sizes), *(f"exponent, {a:,} to {b:,}" for a, b in steps), "memory a sample"]
     lines = [head, ["---"] * len(head)]
     for name, (title, _) in STAGES.items():
         cells = [costs[size][name] for size in sizes]
         row = [title, *(f"{cost.seconds:.3g} s, {cost.peak / 2**20:.0f} MiB" for cost in cells)]
         # Under a twentieth of a second it is the clock and the interpreter that are compared.
-        pairs = list(zip(cells, cells[1:], strict=False))
+        pairs = list(pairwise(cells))
         for (a, b), (small, large) in zip(steps, pairs, strict=True):
-            row.append(f"{exponent(small.seconds, large.seconds, b / a):.2f}" if large.seconds > 0.05 else "")
+            parts = ((small.seconds, large.seconds), (small.processor, large.processor))
+            texts = [f"{exponent(*part, b / a):.2f}" for part in parts if large.seconds > 0.05]
+            row.append(" / ".join(texts))
         growth = (cells[-1].peak - cells[0].peak) / (sizes[-1] - sizes[0]) if steps else 0
         lines.append([*row, f"{max(0.0, growth):.0f} B" if steps else ""])
     notes = [f"- {title}: {costs[sizes[-1]][name].note}" for name, (title, _) in STAGES.items() if costs[sizes[-1]][name].note]
@@ -284,8 +288,9 @@ def main(arguments: list[str] | None = None) -> None:
             "",
             f"Caches of {CHANNELS} channels, {GRID} x {GRID}, shards of {SHARD}, with JPEGs of {len(small_jpeg())} bytes. Each "
             "stage in a fresh process: seconds without interpreter and imports, peak resident memory with them. Files are warm "
-            "in the page cache. Exponent p: time grew like samples^p; 1 is linear. Memory a sample more: what the peak grew by "
-            "from the smallest cache to the largest.",
+            "in the page cache. Exponent p: time grew like samples^p, 1 being linear, by the clock / by what the process "
+            "computed, which other work on the machine stretches less. Memory a sample: what the peak grew by from the "
+            "smallest cache to the largest, over the samples between.",
             "",
             *report(costs),
         ]
