@@ -186,7 +186,7 @@ def _rehearse(codec: Codec, layout: ShardLayout, tried: Embedded, shards: float,
     for name in ("key", "label", "source", "width", "height", "jpeg"):  # an image's, which its views repeat
         column = table[name].take(pa.array(np.arange(count) // views))
         table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
-    sizes[1] += len(pack_manifest(table)) - len(pack_manifest(tables[0]))
+    sizes[1] += len(pack_manifest([table])) - len(pack_manifest(tables[:1]))
     code_bytes, bytes_of_records = (sizes / count + fixed * shards).tolist()
     return code_bytes, bytes_of_records
 

@@ -177,7 +177,7 @@ def embed_again(job: "Job", numbers: Iterable[int]) -> Iterator[tuple[int, Sampl
 def _audit(config: VerifyConfig, cache: Cache, report: Report) -> Audit:
     """Run the teacher again on samples spread over the cache and compare."""
     job = extraction_of(config)
-    table = cache.table().select(["key", "status", "error"]).to_pydict()
+    table = cache.table(["key", "status", "error"]).to_pydict()
     usable = [number for number, status in enumerate(table["status"]) if status == OK]
     if not usable:
         raise SamiCacheError(f"{cache.path}: no sample has an embedding, so there is nothing to audit.")

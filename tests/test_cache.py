@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import (
@@ -22,10 +23,10 @@ from conftest import (
 from sami_cache.errors import DamageError, DiskFullError, IdentityError, SamiCacheError
 from sami_cache.store import cache as cache_module
 from sami_cache.store import creation
-from sami_cache.store.cache import Cache, choose_layout
+from sami_cache.store.cache import Cache, choose_layout, listing_digest
 from sami_cache.store.commits import FileEntry
 from sami_cache.store.creation import create_cache
-from sami_cache.store.files import write_durably
+from sami_cache.store.files import canonical_json, digest, write_durably
 from sami_cache.store.fitting import fit_codec
 from sami_cache.store.head import CODEC_ARRAYS, identity_difference
 from sami_cache.store.integrity import verify_cache
@@ -252,6 +253,21 @@ def test_a_codec_of_sizes_that_none_has_is_damage(tmp_path: Path, sizes: tuple, 
     head = {"identity": make_identity(grid=grid), "layout": layout, "keys": keys, "labels": [None] * 16, "class_names": None}
     with pytest.raises(DamageError, match=rf"zarr\.json: not the head of a cache \(.*{what}"):
         create_cache(tmp_path / "c.zarr", codec=replace(codec, **arrays), provenance={}, **head)
+
+
+def test_the_digest_of_a_listing_is_that_of_its_canonical_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it is cut, and whatever holds it."""
+    keys = ["a.jpg", 'b"\\.jpg', "ä/\U0001f600.jpg", ",", "[]"]
+    for step in (1, 2, 5, 100):
+        monkeypatch.setattr(cache_module, "_LISTED_AT_ONCE", step)
+        for count in range(6):
+            for labels in ([None] * count, [None, -1, 2**62, 0, 7][:count]):
+                expected = digest(canonical_json([keys[:count], labels]))
+                table = pa.table({"key": pa.array(keys[:count], pa.string()), "label": pa.array(labels, pa.int64())})
+                pieces = pa.concat_tables([table.slice(0, 2), table.slice(2)])
+                assert listing_digest(keys[:count], labels) == expected
+                assert listing_digest(tuple(keys[:count]), tuple(labels)) == expected
+                assert listing_digest(pieces["key"], pieces["label"]) == expected
 
 
 def test_another_codec_or_listing_under_a_resealed_head_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,7 +27,7 @@ from sami_cache.errors import DamageError, SamiCacheError
 from sami_cache.store import cache as cache_module
 from sami_cache.store import writing
 from sami_cache.store.cache import Cache
-from sami_cache.store.commits import TABLE_SCHEMA, merkle_root, parse_record, record_bytes
+from sami_cache.store.commits import TABLE_SCHEMA, FileEntry, merkle_root, parse_record, record_bytes
 from sami_cache.store.creation import create_cache
 from sami_cache.store.files import canonical_json, seal
 from sami_cache.store.fitting import fit_codec
@@ -151,10 +151,39 @@ def test_sealing_again_changes_nothing(cache: Cache, monkeypatch: pytest.MonkeyP
     assert (root["ok"], root["failed"], root["shards"]) == (39, 1, 3)
     assert tree(cache.path) == before
     # Another version of pyarrow writes other bytes for the same table.
-    real = pq.write_table
-    monkeypatch.setattr(writing.pq, "write_table", lambda table, sink, **_: real(table, sink, compression="gzip"))
+    real = pq.ParquetWriter
+    monkeypatch.setattr(writing.pq, "ParquetWriter", lambda sink, schema, **_: real(sink, schema, compression="gzip"))
     assert seal_cache(cache) == root
     assert tree(cache.path) == before
+
+
+@pytest.mark.parametrize("wrong", ["a value", "a column too many"])
+def test_sealing_again_replaces_a_manifest_that_says_something_else(cache: Cache, wrong: str) -> None:
+    """One that its ROOT.json names: what is compared is what it says."""
+    before, root = tree(cache.path), seal_cache(cache)
+    table = cache.table()
+    if wrong == "a value":
+        place = table.schema.get_field_index("error")
+        table = table.set_column(place, table.schema.field(place), pa.array([0.5] * 40))
+    else:
+        table = table.append_column("more", pa.array([1] * 40))
+    (cache.path / "manifest.parquet").unlink()
+    pq.write_table(table, cache.path / "manifest.parquet")
+    entry = asdict(FileEntry.of((cache.path / "manifest.parquet").read_bytes()))
+    (cache.path / "ROOT.json").write_bytes(canonical_json(seal({**root, "manifest": entry})))
+    seal_cache(Cache(cache.path))
+    assert {path: data for path, data in tree(cache.path).items() if not path.startswith("quarantine/")} == before
+
+
+def test_the_manifest_is_packed_in_row_groups_whatever_the_shards(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = cache.table()
+    monkeypatch.setattr(writing, "ROW_GROUP", 12)
+    for parts in ([table], [table.slice(start, 5) for start in range(0, 40, 5)], [table.slice(0, 24), table.slice(24)]):
+        file = pq.ParquetFile(pa.BufferReader(writing.pack_manifest(parts)))
+        assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == [12, 12, 12, 4]
+        assert file.read().equals(table)
+    file = pq.ParquetFile(pa.BufferReader(writing.pack_manifest([table.slice(0, 24)])))
+    assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == [12, 12]
 
 
 @pytest.mark.parametrize("name", ["manifest.parquet", "ROOT.json"])
@@ -214,9 +243,11 @@ def test_the_table_says_what_the_records_say(tmp_path: Path) -> None:
     for shard in (2, 0, 1):
         fill_shard(cache, shard, bad=(3,) if shard == 1 else ())
     unsealed = cache.table()
+    assert cache.table(["status", "key"]).equals(unsealed.select(["status", "key"]))
     seal_cache(cache)
     sealed = cache.table()
     assert sealed.equals(unsealed)
+    assert cache.table(["status", "key"]).equals(unsealed.select(["status", "key"]))
     assert pq.read_table(cache.path / "manifest.parquet").equals(sealed)
     rows = sealed.to_pylist()
     assert [row["key"] for row in rows] == cache.listing["key"].to_pylist()

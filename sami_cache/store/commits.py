@@ -64,10 +64,10 @@ class FileEntry:
             raise ValueError(f"size {self.size!r}, blake3 {self.blake3!r}, xxh3_128 {self.xxh3_128!r}")
 
     @classmethod
-    def of(cls, data: bytes) -> "FileEntry":
+    def of(cls, data: bytes | memoryview) -> "FileEntry":
         return cls(size=len(data), blake3=digest(data), xxh3_128=xxhash.xxh3_128_hexdigest(data))
 
-    def describes(self, data: bytes) -> bool:
+    def describes(self, data: bytes | memoryview) -> bool:
         """Whether these are the bytes."""
         return len(data) == self.size and digest(data) == self.blake3
 

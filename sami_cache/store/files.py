@@ -262,7 +262,7 @@ def move_aside(path: Path, directory: Path) -> Path:
     return target
 
 
-def make_hold(path: Path, data: bytes, cache: Path) -> list[Path] | None:
+def make_hold(path: Path, data: bytes | memoryview, cache: Path) -> list[Path] | None:
     """Make `path` hold `data`; whatever else it held is moved to the cache's quarantine.
 
     Returns None if it held that already, else where its remains are now.

@@ -5,9 +5,9 @@ the record first has committed the shard; a file without a record is not data.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+from blake3 import blake3
 
 from sami_cache.errors import DamageError, SamiCacheError
 from sami_cache.store.cache import Cache
 from sami_cache.store.codecs import Codec
-from sami_cache.store.commits import OK, FileEntry, Record, Sample, record_bytes, root_fields, samples_table
+from sami_cache.store.commits import OK, TABLE_SCHEMA, FileEntry, Record, Sample, record_bytes, root_fields, samples_table
 from sami_cache.store.files import (
     canonical_json,
     digest,
@@ -35,6 +36,8 @@ from sami_cache.store.files import (
 from sami_cache.store.images import locate_images, pack_images
 from sami_cache.store.shards import MAX_SHARD_BYTES, ShardFile, ShardLayout, crc32c, pack_shard, parse_index
 
+ROW_GROUP = 1 << 17
+"""Rows of the manifest that are packed together: 35 MB before they are."""
 _ATTEMPTS = 3
 
 
@@ -326,21 +329,22 @@ def seal_cache(cache: Cache) -> dict[str, Any]:
             f"{cache.path}: {len(missing)} of {cache.shards} shards are not committed (the first: {missing[0]}); run the same "
             "`sami-cache extract` command to finish them."
         )
-    tables, records, failed = [], [], 0
-    for shard in range(cache.shards):  # one at a time: as objects, all samples of a big cache would fill the memory
-        record = cache._read_record(shard)
-        tables.append(samples_table(record))
-        records.append((record.digest, record.content))
-        failed += sum(sample.status != OK for sample in record.samples)
-    table = pa.concat_tables(tables)
-    manifest = pack_manifest(table)
-    entry = FileEntry.of(manifest)
-    root = root_fields(cache.cache_id, records, cache.samples, failed, entry)
+    records, failed = [], 0
+
+    def tables() -> Iterator[pa.Table]:
+        nonlocal failed
+        for shard in range(cache.shards):  # one at a time: as objects, all samples of a big cache would fill the memory
+            record = cache._read_record(shard)
+            records.append((record.digest, record.content))
+            failed += sum(sample.status != OK for sample in record.samples)
+            yield samples_table(record)
+
+    manifest = pack_manifest(tables())
+    root = root_fields(cache.cache_id, records, cache.samples, failed, FileEntry.of(manifest))
     with suppress(DamageError):
-        # Another version of pyarrow writes the same table in other bytes: that is no reason to seal again.
         sealed = cache.root()
         same = sealed and all(sealed[name] == value for name, value in root.items() if name != "manifest")
-        if sealed and same and cache.manifest(sealed).equals(table):
+        if sealed and same and _says_the_same(cache, sealed, manifest):
             return {**root, "manifest": sealed["manifest"]}
     with disk_full_as_error(cache.path, "sealing it"):
         make_hold(cache.path / "manifest.parquet", manifest, cache.path)
@@ -348,8 +352,30 @@ def seal_cache(cache: Cache) -> dict[str, Any]:
     return root
 
 
-def pack_manifest(table: pa.Table) -> bytes:
-    """manifest.parquet of the rows of `table`."""
+def _says_the_same(cache: Cache, sealed: dict[str, Any], manifest: memoryview) -> bool:
+    """Whether the manifest that the cache is sealed with has the rows of `manifest`. Raises DamageError if it is damaged."""
+    path = cache.path / "manifest.parquet"
+    if sealed["manifest"] == asdict(FileEntry.of(manifest)):
+        return hash_file(path, blake3()) == sealed["manifest"]["blake3"]
+    # Another version of pyarrow writes the same table in other bytes: that is no reason to seal again. A column at a time, for
+    # two whole tables of a big cache would fill the memory.
+    ours = pq.ParquetFile(pa.BufferReader(manifest))
+    same = all(cache.manifest(sealed, [name]).equals(ours.read([name])) for name in TABLE_SCHEMA.names)
+    return same and pq.read_schema(path).equals(ours.schema_arrow)
+
+
+def pack_manifest(tables: Iterable[pa.Table]) -> memoryview:
+    """manifest.parquet of the rows of `tables`, never more of which are held at a time than a row group has."""
     sink = BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
+    with pq.ParquetWriter(sink, TABLE_SCHEMA, compression="zstd") as writer:
+        waiting: list[pa.Table] = []
+        for table in tables:
+            waiting.append(table)
+            if sum(part.num_rows for part in waiting) >= ROW_GROUP:
+                rows = pa.concat_tables(waiting)
+                whole = rows.num_rows // ROW_GROUP * ROW_GROUP
+                writer.write_table(rows.slice(0, whole), ROW_GROUP)
+                waiting = [rows.slice(whole)]
+        if any(part.num_rows for part in waiting):
+            writer.write_table(pa.concat_tables(waiting), ROW_GROUP)
+    return sink.getbuffer()

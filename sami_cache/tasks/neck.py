@@ -56,7 +56,7 @@ class NeckSamples:
         self.cache, self.originals, self.model = cache, originals, model
         self.samples = CacheSamples(cache, originals)
         self._where = {key: index for index, key in enumerate(originals.keys)} if originals else {}
-        self._sources = cache.table()["source"].to_pylist() if originals else []
+        self._sources = cache.table(["source"])["source"].to_pylist() if originals else []
 
     def make(self, chosen: np.ndarray) -> Callable[[int, int], Taught]:
         """(epoch, place among `chosen`, numbers of samples) -> `Taught`; every epoch is alike, since nothing is augmented."""
