@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import pyarrow.compute as pc
 
 from sami_cache.data.images import decode_image, decode_jpeg
 from sami_cache.data.source import Source
@@ -87,7 +86,7 @@ class CacheSamples:
         self._digests = table["record"].take(list(range(0, len(table), cache.layout.shard_samples))).to_pylist()
         self.keys = table["key"].to_pylist()
         self.labels = table["label"].to_pylist()
-        self.usable = pc.call_function("equal", [table["status"], OK]).to_numpy().astype(bool)
+        self.usable = np.array([status == OK for status in table["status"].to_pylist()])
         self.shard_samples, self.chunk_samples = cache.layout.shard_samples, cache.layout.chunk_samples
         self.whole = not cache.views
         self.codes_shape: tuple[int, ...] | None = cache.layout.sample_shape
