@@ -5,6 +5,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from threading import local
 from typing import Any
@@ -25,18 +26,17 @@ def our_batches(path: Path, images: str, cores: int, repeats: int, seed: int) ->
     """Our loader as a contestant; images: "none", "encoded" or "pixels"."""
     # Torch is imported here and not above: the references do without it.
     from sami_cache.loader import Loader, LoaderConfig
-    from sami_cache.processes import keep_freed_memory
+    from sami_cache.processes import keep_freed_memory, objects_kept
     from sami_cache.samples import CacheSamples
 
     keep_freed_memory()  # as `sami-cache train` does
     samples = CacheSamples(Cache(path))
     config = LoaderConfig(batch_size=BATCH, seed=seed, threads=cores, images=images)  # type: ignore[arg-type]
     loader = Loader(samples, samples.usable, config)
-    yield None
-    batches = loader.batches()
-    for batch in itertools.islice(batches, repeats * loader.steps_per_epoch):
-        yield Batch(batch.samples, batch.codes, batch.encoded)
-    batches.close()  # type: ignore[attr-defined]
+    with objects_kept(), closing(loader.batches()) as batches:  # type: ignore[type-var]
+        yield None
+        for batch in itertools.islice(batches, repeats * loader.steps_per_epoch):
+            yield Batch(batch.samples, batch.codes, batch.encoded)
 
 
 class Count:

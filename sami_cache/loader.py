@@ -28,6 +28,9 @@ from sami_cache.samples import OpenShard, Samples
 from sami_cache.workers import LoaderError, Workers
 
 EVALUATION_EPOCH = 2**31 - 1
+CHUNKS_AT_ONCE = 4
+"""Decompressed by one task, at most: handing out a task costs as much as copying four samples."""
+WHOLE_IMAGE = torch.tensor([0.0, 0.0, 1.0, 1.0])
 Images = Literal["pixels", "encoded", "none"]
 
 
@@ -160,7 +163,7 @@ class _Draft:
         self.codes: Tensor | None = None
         if samples.codes_shape:
             self.codes = self._empty(*samples.codes_shape, dtype=getattr(torch, samples.codes_dtype.name))
-            self.codes_array = self.codes.numpy()
+            self.codes_rows = list(self.codes.numpy())
         self.pixels: Tensor | None = None
         self.teacher_pixels: Tensor | None = None
         self.encoded: list[bytes] | None = None
@@ -168,13 +171,15 @@ class _Draft:
     def prepare_images(self, config: LoaderConfig) -> None:
         """Make room for what comes with the codes; not before it is needed, pixels being larger."""
         self.boxes, self.flips = self._empty(4, dtype=torch.float32), self._empty(dtype=torch.bool)
-        self.boxes[:], self.flips[:] = torch.tensor([0.0, 0.0, 1.0, 1.0]), False
         self.ids_shuffle = self._empty(config.tokens, dtype=torch.int64)
         if config.images == "pixels":
             self.pixels = self._empty(config.image_size, config.image_size, 3).permute(0, 3, 1, 2)
             if config.teacher_size:
                 self.teacher_pixels = self._empty(config.teacher_size, config.teacher_size, 3).permute(0, 3, 1, 2)
-        elif config.images == "encoded":
+            return
+        self.boxes.copy_(WHOLE_IMAGE)
+        self.flips.zero_()
+        if config.images == "encoded":
             self.encoded = [b""] * len(self.numbers)
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
@@ -238,8 +243,11 @@ class _Service:
         start = 0
         for course in courses:
             for part in range(len(course)):
-                for places in course.first_needed(part) if self.samples.codes_shape else ():
-                    self._ask_for_chunk(course, start, places)
+                if self.samples.codes_shape:
+                    chunks = course.first_needed(part)
+                    size = max(1, min(CHUNKS_AT_ONCE, len(chunks) // self.threads))
+                    for low in chunks[::size]:
+                        self._ask_for_chunks(course, start, part, range(low, min(low + size, chunks.stop)))
                 self._make_drafts(course, start, part)
                 yield self._drafts[start + part]
             start += len(course)
@@ -254,25 +262,28 @@ class _Service:
             self._drafts[number] = _Draft(number, course.epoch, numbers, pieces, self.samples, self.config.pin_memory)
             self._made = number + 1
 
-    def _ask_for_chunk(self, course: Course, start: int, places: np.ndarray) -> None:
-        """Have a chunk decompressed into all the micro-batches that hold samples of it."""
+    def _ask_for_chunks(self, course: Course, start: int, part: int, groups: range) -> None:
+        """Have chunks decompressed into all the micro-batches that hold samples of them."""
         # This is the thread that trains, and what it does the others wait for: it does no more than it must.
-        self._make_drafts(course, start, int(places[-1]) // course.size)
-        number = int(course.numbers[places[0]]) // self.samples.chunk_samples
-        shard, chunk = divmod(number, self.samples.shard_samples // self.samples.chunk_samples)
-
-        def drafts() -> list[_Draft]:
-            return [self._drafts[start + part] for part in (places // course.size).tolist()]
+        self._make_drafts(course, start, max(course.last_part(group) for group in groups))
+        left = list(groups)
 
         def read() -> None:
-            theirs, inside = drafts(), (course.numbers[places] % self.samples.chunk_samples).tolist()
-            rows = (places % course.size).tolist()
-            wanted = {place: draft.codes_array[row] for place, draft, row in zip(inside, theirs, rows, strict=True)}
-            self._shard(shard).read_codes(chunk, wanted)
-            for draft in theirs:
-                draft.got(chunk)
+            while left:
+                wanted = course.chunk(left[0])
+                shard, chunk = divmod(wanted.number, self.samples.shard_samples // self.samples.chunk_samples)
+                self.workers.sign(f"chunk {chunk} of shard {shard}")
+                drafts = [self._drafts[start + part] for part in wanted.parts]
+                targets = [draft.codes_rows[row] for draft, row in zip(drafts, wanted.rows, strict=True)]
+                self._shard(shard).read_codes(chunk, dict(zip(wanted.places, targets, strict=True)))
+                for draft in drafts:
+                    draft.got(chunk)
+                del left[0]
 
-        self._submit(f"chunk {chunk} of shard {shard}", read, drafts, start + int(places[0]) // course.size)
+        def concerned() -> list[_Draft]:
+            return [self._drafts[start + part] for group in left for part in course.chunk(group).parts]
+
+        self._submit(f"{len(left)} chunks", read, concerned, start + part)
 
     def _ask_for_images(self, draft: _Draft) -> None:
         draft.prepare_images(self.config)

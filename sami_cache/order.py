@@ -1,6 +1,7 @@
 """Which samples an epoch serves when, and all that is random about them: functions of (seed, epoch, sample) alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,8 +50,10 @@ class Course:
         # Chunks in the order in which they are needed, and for one micro-batch in the order in which they lie on the disk.
         needed = self._by_chunk[starts] // size
         order = np.lexsort((grouped[starts], needed))
+        self._chunks = grouped[starts][order]
         self._starts, self._stops = starts[order], np.append(starts[1:], len(numbers))[order]
         self._bounds = np.searchsorted(needed[order], np.arange(len(self) + 1))
+        self._chunk_samples = chunk_samples
 
     def __len__(self) -> int:
         return (len(self.numbers) + self.size - 1) // self.size
@@ -59,10 +62,36 @@ class Course:
         """The samples of a micro-batch."""
         return self.numbers[number * self.size : (number + 1) * self.size]
 
-    def first_needed(self, number: int) -> Iterator[np.ndarray]:
-        """For every chunk that this micro-batch is the first to need: the places in `numbers` of all its samples."""
-        for group in range(self._bounds[number], self._bounds[number + 1]):
-            yield self._by_chunk[self._starts[group] : self._stops[group]]
+    def first_needed(self, number: int) -> range:
+        """The chunks that this micro-batch is the first to need, to be asked for with `chunk`."""
+        return range(*self._bounds[number : number + 2].tolist())
+
+    def chunk(self, group: int) -> "WantedChunk":
+        """Which samples of a chunk go where."""
+        places = self._by_chunk[self._starts[group] : self._stops[group]]
+        return WantedChunk(
+            int(self._chunks[group]),
+            (self.numbers[places] % self._chunk_samples).tolist(),
+            (places // self.size).tolist(),
+            (places % self.size).tolist(),
+        )
+
+    def last_part(self, group: int) -> int:
+        """The last micro-batch that needs the chunk."""
+        return int(self._by_chunk[self._stops[group] - 1]) // self.size
+
+
+class WantedChunk(NamedTuple):
+    """A chunk and all that a course needs of it, in the order in which it is needed."""
+
+    number: int
+    """Counted over all shards."""
+    places: list[int]
+    """Of the samples in the chunk."""
+    parts: list[int]
+    """The micro-batch of each."""
+    rows: list[int]
+    """Its row there."""
 
 
 def random_words(seed: int, epoch: int, numbers: np.ndarray, count: int) -> np.ndarray:

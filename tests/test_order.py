@@ -33,13 +33,15 @@ def test_a_course_asks_for_every_chunk_once_when_it_is_first_needed(count, size,
     course = Course(3, numbers, size, chunk)
     served, asked = [], []
     for part in range(len(course)):
-        for places in course.first_needed(part):
-            chunks = set((numbers[places] // chunk).tolist())
-            assert len(chunks) == 1  # the samples of one chunk, and all of them
-            assert len(places) == (numbers // chunk == chunks.copy().pop()).sum()
-            assert places.min() // size == part
-            assert len({(served_places // size) for served_places in places.tolist()} - set(range(part, len(course)))) == 0
-            asked += chunks
+        for group in course.first_needed(part):
+            wanted = course.chunk(group)
+            assert wanted.parts[0] == part
+            assert wanted.parts == sorted(wanted.parts)
+            assert wanted.parts[-1] == course.last_part(group)
+            assert len(wanted.places) == (numbers // chunk == wanted.number).sum()  # all of the chunk's
+            for place, where, row in zip(wanted.places, wanted.parts, wanted.rows, strict=True):
+                assert course.part(where)[row] == wanted.number * chunk + place
+            asked.append(wanted.number)
         served += course.part(part).tolist()
     assert served == numbers.tolist()
     assert sorted(asked) == sorted(set((numbers // chunk).tolist()))
@@ -47,7 +49,7 @@ def test_a_course_asks_for_every_chunk_once_when_it_is_first_needed(count, size,
 
 def test_chunks_for_one_batch_are_asked_for_as_they_lie_on_the_disk():
     course = Course(0, np.random.default_rng(2).permutation(4096), 512, 16)
-    first = [int(course.numbers[places[0]]) // 16 for places in course.first_needed(0)]
+    first = [course.chunk(group).number for group in course.first_needed(0)]
     assert len(first) > 200
     assert first == sorted(first)
 
