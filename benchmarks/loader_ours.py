@@ -33,9 +33,10 @@ def our_batches(path: Path, images: str, cores: int, repeats: int, seed: int) ->
     samples = CacheSamples(Cache(path))
     config = LoaderConfig(batch_size=BATCH, seed=seed, threads=cores, images=images)  # type: ignore[arg-type]
     loader = Loader(samples, samples.usable, config)
-    with objects_kept(), closing(loader.batches()) as batches:  # type: ignore[type-var]
+    stop_step = repeats * loader.steps_per_epoch
+    with objects_kept(), closing(loader.batches(0, stop_step)) as batches:  # type: ignore[type-var]
         yield None
-        for batch in itertools.islice(batches, repeats * loader.steps_per_epoch):
+        for batch in batches:
             yield Batch(batch.samples, batch.codes, batch.encoded)
 
 

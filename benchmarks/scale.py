@@ -146,7 +146,7 @@ def verify(level: str) -> Callable[[Path, int], str]:
 def order(path: Path, samples: int) -> str:
     """What the loader's planner does for an epoch."""
     dealt = deal(epoch_order(np.ones(samples, bool), SHARD, seed=0, epoch=0, open_shards=8), 4 * BATCH, 0, 1)
-    return f"{len(Course(0, dealt.ravel(), BATCH, 64))} batches planned"
+    return f"{len(Course(0, dealt.ravel(), BATCH, 64, 512))} batches planned"
 
 
 def samples_of(path: Path, samples: int) -> str:

@@ -107,7 +107,7 @@ class FeatureShard:
     def __init__(self, samples: FeatureSamples, first: int) -> None:
         self.samples, self.first = samples, first
 
-    def expect(self) -> None:
+    def expect(self, *, images: bool) -> None:
         pass
 
     def read_codes(self, chunk: int, wanted: Mapping[int, np.ndarray]) -> None:

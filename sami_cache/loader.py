@@ -6,6 +6,7 @@ drawn across them (`order.py`).
 """
 
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -13,7 +14,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from itertools import count
 from typing import Literal
 
 import numpy as np
@@ -28,6 +28,8 @@ from sami_cache.samples import OpenShard, Samples
 from sami_cache.workers import LoaderError, Workers
 
 EVALUATION_EPOCH = 2**31 - 1
+READERS = 2
+"""Threads that have the shards to come read ahead; they hardly compute."""
 CHUNKS_AT_ONCE = 4
 """Decompressed by one task, at most: handing out a task costs as much as copying four samples."""
 WHOLE_IMAGE = torch.tensor([0.0, 0.0, 1.0, 1.0])
@@ -116,32 +118,38 @@ class Loader:
         self.steps_per_epoch = self.count // config.batch_size
         self.threads = config.threads or min(16, os.cpu_count() or 1)
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Micro-batches from optimizer step `start_step` on, without end. Raises what reading or decoding raises."""
+    def batches(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
+        """Micro-batches from optimizer step `start_step` on, up to `stop_step` or without end.
+
+        Raises what reading or decoding raises.
+        """
         size = self.config.batch_size // self.world // self.config.micro_batches
         first_epoch, first_step = divmod(start_step, self.steps_per_epoch)
+        last_epoch, last_step = divmod(sys.maxsize if stop_step is None else stop_step, self.steps_per_epoch)
 
         def course(epoch: int) -> Course:
             dealt = deal(self._order(epoch), self.config.batch_size, self.rank, self.world)
-            dealt = dealt[first_step if epoch == first_epoch else 0 :]
-            return Course(epoch, dealt.ravel(), size, self.samples.chunk_samples)
+            dealt = dealt[first_step if epoch == first_epoch else 0 : last_step if epoch == last_epoch else None]
+            return Course(epoch, dealt.ravel(), size, self.samples.chunk_samples, self.samples.shard_samples)
 
         def courses(workers: Workers) -> Iterator[Course]:
             # Sorting a million samples takes a second, which the epoch before has to spare.
             coming = workers.submit(f"the order of epoch {first_epoch}", course, first_epoch)
-            for epoch in count(first_epoch + 1):
+            for epoch in range(first_epoch + 1, last_epoch + (last_step > 0)):
                 planned, coming = coming.result(), workers.submit(f"the order of epoch {epoch}", course, epoch)
                 yield planned
+            yield coming.result()
 
         # The next order must come even where every thread is stuck in a read, or nobody would notice.
-        with Workers(self.threads, "loader") as workers, Workers(1, "order") as planner:
-            yield from _Service(self, workers).serve(courses(planner))
+        with Workers(self.threads, "loader") as workers, Workers(1, "order") as planner, Workers(READERS, "ahead") as readers:
+            yield from _Service(self, workers, readers).serve(courses(planner))
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
         """All chosen samples once, in storage order: whole images unflipped, or recorded views; masks never change."""
-        course = Course(EVALUATION_EPOCH, np.flatnonzero(self.chosen), batch_size, self.samples.chunk_samples)
-        with Workers(self.threads, "loader") as workers:
-            yield from _Service(self, workers).serve(iter([course]))
+        numbers, samples = np.flatnonzero(self.chosen), self.samples
+        course = Course(EVALUATION_EPOCH, numbers, batch_size, samples.chunk_samples, samples.shard_samples)
+        with Workers(self.threads, "loader") as workers, Workers(READERS, "ahead") as readers:
+            yield from _Service(self, workers, readers).serve(iter([course]))
 
     def _order(self, epoch: int) -> np.ndarray:
         config = self.config
@@ -206,8 +214,9 @@ class _Draft:
 class _Service:
     """One pass over courses: what is asked of the workers, and when."""
 
-    def __init__(self, loader: Loader, workers: Workers) -> None:
+    def __init__(self, loader: Loader, workers: Workers, readers: Workers) -> None:
         self.samples, self.config, self.workers, self.threads = loader.samples, loader.config, workers, loader.threads
+        self.readers = readers
         shards = max(1, len(np.unique(np.flatnonzero(loader.chosen) // loader.samples.shard_samples)))
         self.window = loader.config.open_shards * -(-loader.count // shards) // loader.world
         self._most = 2 * loader.count > shards * loader.samples.shard_samples
@@ -242,7 +251,13 @@ class _Service:
         """Every micro-batch in turn, the chunks it needs being asked for."""
         start = 0
         for course in courses:
+            expected = 0
             for part in range(len(course)):
+                # A window further than what is being decompressed, or the disk would stand still meanwhile.
+                soon = course.shards_until(part) + self.config.open_shards
+                for shard in course.shards[expected:soon]:
+                    self.readers.submit(f"shard {shard}", self._expect, shard)
+                expected = max(expected, soon)
                 if self.samples.codes_shape:
                     chunks = course.first_needed(part)
                     size = max(1, min(CHUNKS_AT_ONCE, len(chunks) // self.threads))
@@ -309,11 +324,13 @@ class _Service:
                 opened = self._open.get(number)
                 if opened is None:
                     opened = self._open[number] = self.samples.open(number)
-                    if self._most:
-                        opened.expect()
                     if len(self._open) > 4 * self.config.open_shards:
                         self._open.pop(next(iter(self._open)))
         return opened
+
+    def _expect(self, shard: int) -> None:
+        if self._most:
+            self._shard(shard).expect(images=self.config.images != "none")
 
     def _read_images(self, draft: _Draft, rows: range) -> None:
         config, numbers = self.config, draft.numbers[rows.start : rows.stop]

@@ -40,7 +40,7 @@ def deal(order: np.ndarray, batch_size: int, rank: int, world: int) -> np.ndarra
 class Course:
     """What is to be read for a run of micro-batches."""
 
-    def __init__(self, epoch: int, numbers: np.ndarray, size: int, chunk_samples: int) -> None:
+    def __init__(self, epoch: int, numbers: np.ndarray, size: int, chunk_samples: int, shard_samples: int) -> None:
         """`numbers`: int64 [n], the samples in order, `size` to a micro-batch (the last one may be smaller)."""
         self.epoch, self.numbers, self.size = epoch, numbers, size
         chunks = numbers // chunk_samples
@@ -54,6 +54,10 @@ class Course:
         self._starts, self._stops = starts[order], np.append(starts[1:], len(numbers))[order]
         self._bounds = np.searchsorted(needed[order], np.arange(len(self) + 1))
         self._chunk_samples = chunk_samples
+        shards, first = np.unique(self._chunks // (shard_samples // chunk_samples), return_index=True)
+        self.shards: list[int] = shards[first.argsort()].tolist()
+        """In the order in which they are first needed."""
+        self._shard_starts = np.sort(first)
 
     def __len__(self) -> int:
         return (len(self.numbers) + self.size - 1) // self.size
@@ -75,6 +79,10 @@ class Course:
             (places // self.size).tolist(),
             (places % self.size).tolist(),
         )
+
+    def shards_until(self, number: int) -> int:
+        """How many of `shards` are needed by this micro-batch and those before it."""
+        return int(np.searchsorted(self._shard_starts, self._bounds[number + 1]))
 
     def last_part(self, group: int) -> int:
         """The last micro-batch that needs the chunk."""

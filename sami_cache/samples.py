@@ -20,8 +20,8 @@ from sami_cache.store.shards import ShardFile
 class OpenShard(Protocol):
     """One shard, its files open until nobody holds it any more. Thread-safe."""
 
-    def expect(self) -> None:
-        """Most of the shard will be read soon."""
+    def expect(self, *, images: bool) -> None:
+        """Most of the shard's codes will be read soon, and of its images where `images` says so."""
         ...
 
     def read_codes(self, chunk: int, wanted: Mapping[int, np.ndarray]) -> None:
@@ -154,9 +154,9 @@ class _CacheShard:
         self._codes = ShardFile(paths[0], cache.layout, known.sizes[0], known.checksums)
         self._images = ImageFile(paths[1], known.sizes[1]) if cache.has_images else None
 
-    def expect(self) -> None:
+    def expect(self, *, images: bool) -> None:
         self._codes.expect()
-        if self._images:
+        if self._images and images:
             self._images.expect()
 
     def read_codes(self, chunk: int, wanted: Mapping[int, np.ndarray]) -> None:
@@ -208,7 +208,7 @@ class _SourceShard:
     def __init__(self, samples: SourceSamples, first: int) -> None:
         self._samples, self._first = samples, first
 
-    def expect(self) -> None:
+    def expect(self, *, images: bool) -> None:
         pass
 
     def read_codes(self, chunk: int, wanted: Mapping[int, np.ndarray]) -> None:

@@ -81,6 +81,17 @@ def test_batches_resume_at_any_step(samples):
             same(a, b)
 
 
+def test_batches_end_where_they_are_to(samples):
+    whole = take(loader(samples).batches(), 12)
+    assert loader(samples).steps_per_epoch == 5
+    for start, stop in ((0, 1), (0, 5), (3, 7), (5, 10), (4, 12), (6, 9)):
+        found = list(loader(samples).batches(start, stop))
+        assert len(found) == stop - start
+        for a, b in zip(whole[start:stop], found, strict=True):
+            same(a, b)
+    assert list(loader(samples).batches(5, 5)) == []
+
+
 def test_ranks_and_micro_batches_cut_the_same_steps(samples):
     whole = take(loader(samples).batches(), 6)
     parts = [take(loader(samples, rank=rank, world=2, micro_batches=2).batches(), 12) for rank in range(2)]

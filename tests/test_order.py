@@ -30,7 +30,7 @@ def test_a_rank_reads_its_share_of_the_chunks_and_little_more():
 @pytest.mark.parametrize(("count", "size", "chunk"), [(96, 8, 4), (90, 16, 16), (7, 32, 2), (64, 1, 8)])
 def test_a_course_asks_for_every_chunk_once_when_it_is_first_needed(count, size, chunk):
     numbers = np.random.default_rng(1).permutation(200)[:count]
-    course = Course(3, numbers, size, chunk)
+    course = Course(3, numbers, size, chunk, 2 * chunk)
     served, asked = [], []
     for part in range(len(course)):
         for group in course.first_needed(part):
@@ -42,13 +42,15 @@ def test_a_course_asks_for_every_chunk_once_when_it_is_first_needed(count, size,
             for place, where, row in zip(wanted.places, wanted.parts, wanted.rows, strict=True):
                 assert course.part(where)[row] == wanted.number * chunk + place
             asked.append(wanted.number)
+        shards = list(dict.fromkeys(number // 2 for number in asked))
+        assert course.shards[: course.shards_until(part)] == shards
         served += course.part(part).tolist()
     assert served == numbers.tolist()
     assert sorted(asked) == sorted(set((numbers // chunk).tolist()))
 
 
 def test_chunks_for_one_batch_are_asked_for_as_they_lie_on_the_disk():
-    course = Course(0, np.random.default_rng(2).permutation(4096), 512, 16)
+    course = Course(0, np.random.default_rng(2).permutation(4096), 512, 16, 512)
     first = [course.chunk(group).number for group in course.first_needed(0)]
     assert len(first) > 200
     assert first == sorted(first)
