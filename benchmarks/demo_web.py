@@ -33,7 +33,7 @@ from sami_cache.models.segment_anything_weights import save_segment_anything
 HERE = Path(__file__).parent.parent
 WIDTH, HEIGHT = 2400, 1600
 WARM_UP = 5
-# The page writes how long a click took when the canvas is drawn; the task after the next frame's callbacks comes after its paint.
+# The page writes how long a click took when the canvas is drawn; what the next frame's callback posts comes after its paint.
 OBSERVE = """
 addEventListener('pointerup', (event) => { window.clicked = event.timeStamp; }, true);
 addEventListener('DOMContentLoaded', () => new MutationObserver(() => {
