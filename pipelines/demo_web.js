@@ -8,7 +8,7 @@ const $ = (id) => document.getElementById(id);
 let about = {};
 let picture = null; // {file, id, width, height, ready}
 let prompts = []; // in the order they were given: {x, y, label} or {box: [x0, y0, x1, y1]}; of several boxes the last counts
-let answer = null; // of /api/predict: {width, height, iou, masks, prompted}; of /api/everything: {width, height, labels, masks}
+let answer = null; // of /api/predict: {width, height, iou, masks, prompted}; of /api/everything: {width, height, labels, masks: how many}
 let choice = 0;
 let drag = null; // what the pointer draws: {x, y, clientX, clientY, label, box}
 let cursor = null; // of the keyboard: {x, y, corner}
@@ -153,7 +153,7 @@ async function predict() {
       const prompted = question();
       const found = await (await ask('/api/predict', prompted)).json();
       if (turn !== asked) continue;
-      answer = { ...found, prompted, masks: found.runs.map((runs) => fill(runs, found.width * found.height)) };
+      answer = { ...found, prompted };
       choice = found.iou.indexOf(Math.max(...found.iou));
       draw();
       document.body.dataset.milliseconds = Math.round(performance.now() - started);
@@ -182,7 +182,7 @@ async function everything() {
   try {
     const found = await (await ask('/api/everything')).json();
     if (turn !== asked) return;
-    answer = { ...found, labels: fill(found.runs, found.width * found.height, Uint16Array) };
+    answer = { ...found, labels: fill(found.runs, found.width * found.height) };
     say(`${found.masks} masks in ${found.seconds.toFixed(1)} s. A click starts anew.`);
   } catch (error) {
     if (turn === asked) problem(error.message);
@@ -193,12 +193,20 @@ async function everything() {
 }
 
 /** [value, length, value, length, ...] to one value a pixel, row by row. */
-function fill(runs, size, Kind = Uint8Array) {
-  const values = new Kind(size);
+function fill(runs, size) {
+  const values = new Uint16Array(size);
   for (let index = 0, at = 0; index < runs.length; index += 2) {
     if (runs[index]) values.fill(runs[index], at, at + runs[index + 1]);
     at += runs[index + 1];
   }
+  return values;
+}
+
+/** Bits in base64, eight pixels a byte, the first the highest: to one value a pixel, row by row. */
+function unpack(bits, size) {
+  const bytes = atob(bits);
+  const values = new Uint8Array(size);
+  for (let at = 0; at < size; at++) values[at] = (bytes.charCodeAt(at >> 3) >> (7 - (at & 7))) & 1;
   return values;
 }
 
@@ -246,7 +254,7 @@ function drawMask() {
     return;
   }
   const { width, height } = answer;
-  const values = answer.labels ?? answer.masks[choice];
+  const values = answer.labels ?? unpack(answer.masks[choice], width * height);
   const pixels = new ImageData(width, height);
   const words = new Uint32Array(pixels.data.buffer);
   const solid = answer.labels ? hues(answer.masks, 255) : [0, word(BLUE, 255)];

@@ -23,7 +23,7 @@ from photos import picture
 from PIL import Image
 
 from pipelines.demo_web import demo_web
-from pipelines.demo_web_pictures import Limits, Pictures, Refused, Worker, runs
+from pipelines.demo_web_pictures import Limits, Pictures, Refused, Worker, bits, runs
 from pipelines.demo_web_server import PAGE, DemoServer
 from sami_cache.errors import SamiCacheError
 from sami_cache.inference.mask_generator import MaskGenerator, MaskGeneratorConfig, decode_mask
@@ -83,8 +83,13 @@ def opened(server, image: Image.Image) -> str:
     return key
 
 
-def unpacked(found: dict, pairs: list[int]) -> np.ndarray:
-    values = np.repeat(np.array(pairs[::2]), pairs[1::2])
+def unpacked(found: dict, mask: list[int] | str) -> np.ndarray:
+    """Runs, or bits in base64."""
+    size = found["height"] * found["width"]
+    if isinstance(mask, str):
+        values = np.unpackbits(np.frombuffer(base64.b64decode(mask), np.uint8), count=size)
+    else:
+        values = np.repeat(np.array(mask[::2]), mask[1::2])
     return values.reshape(found["height"], found["width"])
 
 
@@ -111,8 +116,8 @@ def test_a_question_gets_the_masks_of_the_predictor(server, model, question):
     assert 0 < masks.mean() < 1
     assert (found["width"], found["height"]) == (240, 160)
     np.testing.assert_allclose(found["iou"], iou, atol=1e-4)
-    for pairs, mask in zip(found["runs"], masks, strict=True):
-        np.testing.assert_array_equal(unpacked(found, pairs), mask)
+    for given, mask in zip(found["masks"], masks, strict=True):
+        np.testing.assert_array_equal(unpacked(found, given), mask)
 
 
 def test_a_big_picture_is_shown_small_and_downloaded_whole(server, model):
@@ -358,6 +363,11 @@ def test_runs_hold_every_value():
     values = np.array([[3, 3, 0], [0, 0, 7]])
     assert runs(values) == [3, 2, 0, 3, 7, 1]
     assert runs(np.zeros((2, 2), bool)) == [0, 4]
+
+
+def test_bits_hold_a_mask_of_any_size():
+    mask = np.random.default_rng(0).random((5, 7)) > 0.5
+    np.testing.assert_array_equal(unpacked({"height": 5, "width": 7}, bits(mask)), mask)
 
 
 def test_the_page_is_installed_with_the_package():

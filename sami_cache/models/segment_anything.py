@@ -26,6 +26,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from sami_cache.errors import SamiCacheError
+from sami_cache.models.folded_attention import fold_attention
 
 Family = Literal["sam", "efficientsam"]
 ENCODERS = {"vit_t": (192, 3), "vit_s": (384, 6), "vit_b": (768, 12)}
@@ -104,6 +105,7 @@ class SegmentAnything(nn.Module):
             self.mask_decoder: nn.Module = MaskDecoder(transformer_dim=WIDTH, transformer=transformer)
         else:
             self.prompt_encoder, self.mask_decoder = EfficientSAMPrompts(), EfficientSAMDecoder()
+        fold_attention(self.mask_decoder.get_submodule("transformer"))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Normalised [B, 3, S, S] -> embeddings [B, 256, S / 16, S / 16]."""
