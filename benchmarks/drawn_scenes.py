@@ -63,7 +63,7 @@ def draw_object(height: int, width: int, rng: np.random.Generator) -> list[np.nd
     """bool [H, W] of one to three parts, the later ones beside or in front of the first and smaller."""
     size = max(height, width)
     middle = rng.uniform(0.05, 0.95, 2) * (height, width)
-    radii = np.exp(rng.uniform(np.log(0.04), np.log(0.35), 2)) * size
+    radii = np.exp(rng.uniform(np.log(0.05), np.log(0.45), 2)) * size
     if rng.integers(2):  # objects as long as wide are commoner than chance would have it
         radii[:] = np.sqrt(radii.prod()) * np.exp(rng.normal(0, 0.2, 2))
     parts = [draw_part(height, width, middle, radii, rng)]

@@ -3,16 +3,17 @@
     python benchmarks/promptable.py train --annotations FILE --images DIR --student RUN --work DIR [--seeds 3]
     python benchmarks/promptable.py report --work DIR [--plot FILE]
 
-The first 80 of the annotated pictures, by number, are trained on, the others held out; the prompt is an object's true box. RUN is
-one of `sami-cache train`, or what `sami-cache export` wrote.
+The first 80 of the annotated pictures, by number, are trained on, the others held out; the prompt is an object's true box.
+RUN is one of `sami-cache train`, or what `sami-cache export` wrote.
 
-A mask's cell is 4 px of the input: at 128 px, 20 of a photo 640 wide. Of objects as small as that it can say nothing, so those below
---min-area are left out; the table has columns with all of them, and a row for the true masks drawn in such cells.
+A mask's cell is 4 px of the input: at 128 px, 20 of a photo 640 wide. Of objects as small as that it can say nothing, so
+those below --min-area are left out; the table has columns with all of them, and a row for the true masks drawn in such cells.
 
-A decoder from scratch answers "nothing" for hundreds of steps before it knows what a prompt is. So that 80 pictures are not
-spent on that, each arm first learns prompts from drawn scenes (`drawn_scenes.py`) with its own encoder; there is no photograph
-among them. Both arms run `sami-cache finetune promptable` with the same settings; within a seed they share the decoder's
-initialisation, the order of pictures and the prompts, and differ in the encoder's start alone.
+A decoder from scratch answers "nothing" for many steps before it knows what a prompt is. So that 80 pictures are not spent on
+that, each arm first learns prompts from drawn scenes (`drawn_scenes.py`) with its own encoder, once for all its seeds or
+--scene-seeds times; there is no photograph among them. Both arms run `sami-cache finetune promptable` with the same settings;
+within a seed they share the decoder's initialisation, the order of pictures and the prompts, and differ in the encoder's start
+alone.
 
 Two baselines need no model: the box itself as the mask, and the ellipse that fills it, which is what one would answer who knew
 what objects look like but not this one. Intervals are of 95 %: over seeds Student's t; over the held-out pictures, which are
@@ -98,43 +99,57 @@ def train(given: argparse.Namespace) -> None:
             run, result = given.work / f"{arm}-{seed}", given.work / f"{arm}-{seed}.json"
             if result.exists():
                 continue
-            start = given.student if arm == "taught" else None
-            for stage, options in stages.items():
-                photographs = stage == "photographs"
-                last = learn(
-                    run.with_name(f"{run.name}-{stage}"),
-                    data=parts["train"] if photographs else scenes,
-                    images=given.images if photographs else scenes.parent,
-                    val=parts["heldout"],
-                    val_images=given.images,
-                    evaluations=8 if photographs else 1,
-                    init=start,
-                    student=given.encoder,
-                    prompts=prompts[stage],
-                    seed=seed,
-                    **options,
-                    **shared,
-                )
-                start = run.with_name(f"{run.name}-{stage}")
-            assert start is not None
-            lines = [json.loads(line) for line in (start / "metrics.jsonl").read_text().splitlines()]
-            segmenter = ModelSegmenter(open_promptable(start, torch.device("cpu")))
+            scene_run = given.work / f"{arm}-scenes-{seed % given.scene_seeds}"
+            learnt = learn(
+                scene_run,
+                data=scenes,
+                images=scenes.parent,
+                init=given.student if arm == "taught" else None,
+                student=given.encoder,
+                prompts=prompts["scenes"],
+                seed=seed % given.scene_seeds,
+                **stages["scenes"],
+                **shared,
+            )
+            last = learn(
+                run,
+                data=parts["train"],
+                images=given.images,
+                val=parts["heldout"],
+                init=scene_run,
+                prompts=prompts["photographs"],
+                seed=seed,
+                **stages["photographs"],
+                **shared,
+            )
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            segmenter = ModelSegmenter(open_promptable(run, torch.device("cpu")))
             found = {
-                "recipe": {**shared, **asdict(prompts["photographs"]), **stages, "scene_count": given.scenes},
+                "recipe": {
+                    **shared,
+                    **asdict(prompts["photographs"]),
+                    **stages,
+                    "drawn": given.scenes,
+                    "scene_seeds": given.scene_seeds,
+                },
                 "ious": {
                     part: {rule: measure(segmenter, some, protocol) for rule, protocol in RULES.items()}
                     for part, some in held_out.items()
                 },
                 "curve": [line for line in lines if CURVES["token 0"] in line],
                 "iou_training": statistics.mean(line["iou_first"] for line in lines[-10:] if "iou_first" in line),
-                "seconds": last["seconds"],
+                "iou_scenes": learnt["iou_first"],
+                "seconds": {"scenes": learnt["seconds"], "photographs": last["seconds"]},
             }
             _write(result, found)
     report(given)
 
 
-def learn(run: Path, *, steps: int, evaluations: int, **settings: Any) -> dict[str, Any]:
-    """Train for `steps` or go on; the last line of its log."""
+def learn(run: Path, *, steps: int, **settings: Any) -> dict[str, Any]:
+    """Train for `steps` or go on; the last line of its log. A run that is finished is left as it is."""
+    metrics = run / "metrics.jsonl"
+    if metrics.exists() and (last := json.loads(metrics.read_text().splitlines()[-1]))["step"] == steps:
+        return last
     config = PromptableTrainingConfig(
         run=run,
         steps=steps,
@@ -142,7 +157,7 @@ def learn(run: Path, *, steps: int, evaluations: int, **settings: Any) -> dict[s
         micro_batch=settings["batch_size"],
         log_every=20,
         checkpoint_every=max(1, steps // 8),
-        evaluate_every=max(1, steps // evaluations),
+        evaluate_every=max(1, steps // 8) if "val" in settings else None,
         resume=(run / "config.json").exists(),
         **settings,
     )
@@ -154,7 +169,8 @@ def measure(segmenter: Segmenter, annotations: Annotations, protocol: str) -> Io
     ious = []
     for number in range(len(annotations)):
         objects = [found for found in annotations.objects(number) if not found.crowd]
-        segmenter.set_image(annotations.read_image(number))
+        if objects:
+            segmenter.set_image(annotations.read_image(number))
         ious.append(measure_objects(segmenter, objects, PROTOCOLS[protocol], ["box"])["box"])
     return ious
 
@@ -206,6 +222,12 @@ def report(given: argparse.Namespace) -> None:
     print("|---|" + "---|" * len(columns))
     for name, ious in baselines.items():
         print(f"| {name} | " + " | ".join(f"{_mean(ious[part]):.1f}" for part, _ in columns) + " |")
+    for arm, runs in arms.items():
+        cells = [
+            _over_seeds([100 * run["curve"][0][CURVES[rule]] for run in runs]) if part == "heldout" else "-"
+            for part, rule in columns
+        ]
+        print(f"| {ARMS[arm]}, before it saw a photograph | " + " | ".join(cells) + " |")
     means = {
         arm: {(part, rule): [_mean(run["ious"][part][rule]) for run in runs] for part, rule in columns}
         for arm, runs in arms.items()
@@ -229,9 +251,12 @@ def report(given: argparse.Namespace) -> None:
         print(f"| {name} | " + " | ".join(cells) + " |")
     print()
     for arm, runs in arms.items():
-        minutes = statistics.mean(run["seconds"] / 60 for run in runs)
-        learnt = statistics.mean(100 * run["iou_training"] for run in runs)
-        print(f"{arm}: {minutes:.1f} minutes on the photographs, IoU on the training pictures {learnt:.1f} at the end")
+        minutes = {stage: statistics.mean(run["seconds"][stage] / 60 for run in runs) for stage in runs[0]["seconds"]}
+        learnt = {name: statistics.mean(100 * run[f"iou_{name}"] for run in runs) for name in ("scenes", "training")}
+        print(
+            f"{arm}: {minutes['scenes']:.1f} minutes on the scenes, {minutes['photographs']:.1f} on the photographs; "
+            f"IoU on what it was trained on at the end {learnt['scenes']:.1f} and {learnt['training']:.1f}"
+        )
     if given.plot:
         _draw({name: _mean(baselines[name]["heldout"]) for name in (box, ellipse)}, arms, given.plot)
 
@@ -250,8 +275,9 @@ def _over_seeds(values: list[float]) -> str:
 
 def _over_pictures(pairs: list[tuple[Ious, Ious]]) -> str:
     """Interval of the mean difference of `pairs`, one a seed, if the held-out pictures had been others."""
-    differences = np.mean([[sum(ours) - sum(theirs) for ours, theirs in zip(*pair, strict=True)] for pair in pairs], axis=0)
+    sums = [[sum(ours) - sum(theirs) for ours, theirs in zip(*pair, strict=True)] for pair in pairs]
     counts = np.array([len(picture) for picture in pairs[0][0]])
+    differences, counts = np.mean(sums, axis=0)[counts > 0], counts[counts > 0]
     drawn = np.random.default_rng(0).integers(len(counts), size=(10_000, len(counts)))
     low, high = np.percentile(100 * differences[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
     return f"{low:.1f} to {high:.1f}"
@@ -290,6 +316,7 @@ def main() -> None:
     training.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     training.add_argument("--seeds", type=int, default=3)
     training.add_argument("--scenes", type=int, default=2000, help="drawn ones, to learn prompts from")
+    training.add_argument("--scene-seeds", type=int, default=1, help="an arm's models of scenes, that its seeds take in turn")
     training.add_argument("--scene-steps", type=int, default=3000)
     training.add_argument("--scene-lr", type=float, default=6e-4)
     training.add_argument("--scene-batch", type=int, default=16)

@@ -169,3 +169,13 @@ def test_the_ellipse_that_fills_a_box_covers_a_quarter_of_pi_of_it_and_cells_kee
     assert promptable.cells_iou(box, 1600) == 1  # a cell a pixel
     assert promptable.cells_iou(box, 100) > 0.9
     assert promptable.cells_iou(box[:, :105], 16) < 0.9
+
+
+def test_intervals_over_seeds_are_students_and_over_pictures_weigh_them_by_their_objects(benchmarks: Path) -> None:
+    promptable = load(benchmarks, "promptable")
+    assert promptable._over_seeds([1.0, 2.0, 3.0]) == "2.0 ± 2.5"  # 4.303 / sqrt(3)
+    ours, theirs = [[0.5, 0.7], [], [0.9]], [[0.4, 0.6], [], [0.8]]  # a picture without objects counts as none
+    assert promptable._over_pictures([(ours, theirs), (theirs, theirs)]) == "5.0 to 5.0"
+    apart = [[1.0] * 9, [0.0]], [[0.0] * 9, [0.0]]
+    assert promptable._over_pictures([apart]) == "0.0 to 100.0"
+    assert promptable._mean(ours) == pytest.approx(70)
