@@ -74,7 +74,12 @@ def train(given: argparse.Namespace) -> None:
     asked = {"max_objects": given.max_objects, "flip": True, "box_share": given.box_share, "box_noise": given.box_noise}
     stages = {
         "scenes": {"steps": given.scene_steps, "batch_size": given.scene_batch, "lr": given.scene_lr},
-        "photographs": {"steps": given.steps, "batch_size": given.batch_size, "lr": given.lr},
+        "photographs": {
+            "steps": given.steps,
+            "batch_size": given.batch_size,
+            "lr": given.lr,
+            "focal_weight": given.focal_weight,
+        },
     }
     prompts = {"scenes": PromptConfig(**asked), "photographs": PromptConfig(**asked, crop=given.crop)}
     shared = {
@@ -323,6 +328,7 @@ def main() -> None:
     training.add_argument("--steps", type=int, default=1280, help="on the photographs")
     training.add_argument("--batch-size", type=int, default=8)
     training.add_argument("--lr", type=float, default=4e-4)
+    training.add_argument("--focal-weight", type=float, default=4, help="on the photographs; on the scenes 20, as published")
     training.add_argument("--crop", type=float, default=0.7)
     training.add_argument("--min-area", type=int, default=32**2, help="pixels; smaller objects are left out")
     training.add_argument("--box-share", type=float, default=1.0, help="of the prompts of both stages; the others are clicks")
