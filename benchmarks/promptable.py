@@ -1,28 +1,30 @@
 """What pretraining is worth to a promptable model that is fine-tuned on few pictures: a pretrained student against scratch.
 
-    python benchmarks/promptable.py train --annotations FILE --images DIR --student RUN --work DIR [--seeds 3] [--steps 4000]
+    python benchmarks/promptable.py train --annotations FILE --images DIR --student RUN --work DIR [--seeds 3]
     python benchmarks/promptable.py report --work DIR [--plot FILE]
 
-The first 80 of the annotated pictures, by number, are trained on, the others held out. RUN is one of `sami-cache train`, or
-what `sami-cache export` wrote.
+The first 80 of the annotated pictures, by number, are trained on, the others held out; the prompt is an object's true box.
+RUN is one of `sami-cache train`, or what `sami-cache export` wrote.
 
-At 224 px a mask's cell is 4 px of the input, 11 of a photo 640 wide: the true masks themselves, drawn in such cells, have 14 %
-IoU with COCO's small objects (below 32 x 32 pixels; their boxes 54 %). So objects below --min-area are neither learnt nor in
-the curves; the table has a column for all objects beside, and a row for the true masks drawn in such cells.
+A mask's cell is 4 px of the input: at 128 px, 20 of a photo 640 wide. Of objects as small as that it can say nothing, so
+those below --min-area are left out; the table has columns with all of them, and a row for the true masks drawn in such cells.
 
-A decoder from scratch answers "nothing" for hundreds of steps before it knows what a prompt is. So that 80 pictures are not
-spent on that, each arm first learns prompts from drawn shapes with its own encoder; there is no photograph among them. (A
-decoder that had learnt them with another encoder began 15 points below the box and was still there after 1,100 steps.)
+A decoder from scratch answers "nothing" for many steps before it knows what a prompt is. So that 80 pictures are not spent on
+that, each arm first learns prompts from drawn scenes (`drawn_scenes.py`) with its own encoder, once for all its seeds or
+--scene-seeds times; there is no photograph among them. Both arms run `sami-cache finetune promptable` with the same settings;
+within a seed they share the decoder's initialisation, the order of pictures and the prompts, and differ in the encoder's start
+alone.
 
-Both arms run `sami-cache finetune promptable` with the same settings; within a seed they share the decoder's initialisation,
-the order of pictures and the first prompts, and differ in the encoder's start alone. The baseline needs no model: the box
-itself as the mask. A run that is finished is not made again, one that was stopped goes on.
+Two baselines need no model: the box itself as the mask, and the ellipse that fills it, which is what one would answer who knew
+what objects look like but not this one. Intervals are of 95 %: over seeds Student's t; over the held-out pictures, which are
+few, 10,000 bootstrap samples of them. A run that is finished is not made again, one that was stopped goes on.
 """
 
 import argparse
 import json
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,21 +32,23 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from drawn_scenes import draw_scenes
+from scipy import stats
 
-from pipelines.evaluate import EvaluationConfig, evaluate
 from pipelines.finetune_promptable import PromptableTrainingConfig, finetune_promptable
-from sami_cache.data.annotations import Annotations, open_annotations
-from sami_cache.inference.protocols import PROTOCOLS
-from sami_cache.mask_losses import mask_iou
-from sami_cache.prompts import PromptConfig
+from pipelines.promptable import open_promptable
+from sami_cache.data.annotations import Annotations, Object, open_annotations
+from sami_cache.inference.measuring import BoxItself, ModelSegmenter, Segmenter, measure_objects
+from sami_cache.inference.protocols import PROTOCOLS, mask_iou
+from sami_cache.prompts import PromptConfig, tight_box
 
 TRAINED_ON = 80
 ARMS = {"taught": "pretrained student", "scratch": "the same student from scratch"}
-CURVES = {"heldout_box_miou": "box", "heldout_click_miou": "1 click"}
-EVALUATED_ON = {"heldout": "", "all": " (all)"}
-"""Parts of `split`, and what their columns' names end in."""
-EVALUATED = {"single": ("box", "1", "3"), "efficientsam": ("box",)}
+RULES = {"highest rated of three": "efficientsam", "token 0": "single"}
+"""Which mask counts, and the protocol that says so."""
+CURVES = {"highest rated of three": "heldout_box_three_miou", "token 0": "heldout_box_miou"}
+Ious = list[list[float]]
+"""Of every object of every picture."""
 
 
 def split(annotations: Path, work: Path, min_area: int) -> dict[str, Path]:
@@ -66,166 +70,144 @@ def train(given: argparse.Namespace) -> None:
     """Train and evaluate every arm and seed; a file in WORK for each, so that several may run at once (`--arms`)."""
     given.work.mkdir(parents=True, exist_ok=True)
     parts = split(given.annotations, given.work, given.min_area)
-    drawn = draw_shapes(given.work / "drawn", given.image_size)
-    recipe = {
+    scenes = draw_scenes(given.work / "scenes", given.image_size, given.scenes)
+    asked = {"max_objects": given.max_objects, "flip": True, "box_share": given.box_share, "box_noise": given.box_noise}
+    stages = {
+        "scenes": {"steps": given.scene_steps, "batch_size": given.scene_batch, "lr": given.scene_lr},
+        "photographs": {
+            "steps": given.steps,
+            "batch_size": given.batch_size,
+            "lr": given.lr,
+            "focal_weight": given.focal_weight,
+        },
+    }
+    prompts = {"scenes": PromptConfig(**asked), "photographs": PromptConfig(**asked, crop=given.crop)}
+    shared = {
         "image_size": given.image_size,
-        "batch_size": given.batch_size,
-        "lr": given.lr,
-        "clip_grad": 1.0,
         "precision": given.precision,
-        "error_points": given.error_points,
-        "mask_rounds": given.mask_rounds,
+        "clip_grad": 1.0,
+        "error_points": 0,
+        "mask_rounds": 0,
     }
-    prompts = PromptConfig(max_objects=given.max_objects, flip=True, crop=given.crop, box_share=given.box_share)
+    held_out = {part: open_annotations(parts[part], given.images) for part in ("heldout", "all")}
 
-    def measure(model: Path | None, out: str) -> dict[str, float]:
-        found = {}
-        for part, suffix in EVALUATED_ON.items():
-            for protocol, asked in EVALUATED.items():
-                config = EvaluationConfig(
-                    model=model,
-                    data=parts[part],
-                    images=given.images,
-                    protocol=PROTOCOLS[protocol],
-                    prompts=asked if model else ("box",),
-                    out=given.work / f"{out}-{part}-{protocol}.json",
-                    overwrite=True,
-                )
-                for row in evaluate(config)["miou"]:
-                    found[f"{protocol}/{row['prompt']}{suffix}"] = row["miou"]
-        return found
-
-    _write(given.work / "box.json", measure(None, "box-itself"))
-    ceiling = {
-        f"single/box{suffix}": drawn_coarsely(open_annotations(parts[part], given.images), given.image_size)
-        for part, suffix in EVALUATED_ON.items()
+    baselines: dict[str, dict[str, Ious]] = {
+        "the box itself as the mask": {part: measure(BoxItself(), some, "single") for part, some in held_out.items()},
+        "the ellipse that fills the box": {part: each_object(some, ellipse_iou) for part, some in held_out.items()},
+        "the true mask in cells of 4 px": {
+            part: each_object(some, lambda found: cells_iou(found, given.image_size)) for part, some in held_out.items()
+        },
     }
-    _write(given.work / "ceiling.json", ceiling)
+    _write(given.work / "baselines.json", baselines)
     for seed in range(given.seeds):
         for arm in given.arms:
             run, result = given.work / f"{arm}-{seed}", given.work / f"{arm}-{seed}.json"
             if result.exists():
                 continue
-            shapes = given.work / f"{arm}-{seed}-shapes"
-            learn(
-                shapes,
-                given.shape_steps,
-                data=drawn,
-                images=drawn.parent,
+            scene_run = given.work / f"{arm}-scenes-{seed % given.scene_seeds}"
+            learnt = learn(
+                scene_run,
+                data=scenes,
+                images=scenes.parent,
                 init=given.student if arm == "taught" else None,
                 student=given.encoder,
-                prompts=PromptConfig(max_objects=given.max_objects, flip=True),
-                seed=seed,
-                **recipe | {"lr": given.shape_lr, "batch_size": given.shape_batch},
+                prompts=prompts["scenes"],
+                seed=seed % given.scene_seeds,
+                **stages["scenes"],
+                **shared,
             )
             last = learn(
                 run,
-                given.steps,
                 data=parts["train"],
                 images=given.images,
                 val=parts["heldout"],
-                init=shapes,
-                prompts=prompts,
+                init=scene_run,
+                prompts=prompts["photographs"],
                 seed=seed,
-                **recipe,
+                **stages["photographs"],
+                **shared,
             )
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            curve = [line for line in lines if "heldout_box_miou" in line]
-            found = {"recipe": recipe | asdict(prompts), "final": measure(run, run.name), "curve": curve}
-            found["recipe"] |= {name: getattr(given, name) for name in ("steps", "shape_steps", "shape_lr", "shape_batch")}
-            _write(result, found | {"seconds": last["seconds"]})
+            segmenter = ModelSegmenter(open_promptable(run, torch.device("cpu")))
+            found = {
+                "recipe": {
+                    **shared,
+                    **asdict(prompts["photographs"]),
+                    **stages,
+                    "drawn": given.scenes,
+                    "scene_seeds": given.scene_seeds,
+                },
+                "ious": {
+                    part: {rule: measure(segmenter, some, protocol) for rule, protocol in RULES.items()}
+                    for part, some in held_out.items()
+                },
+                "curve": [line for line in lines if CURVES["token 0"] in line],
+                "iou_training": statistics.mean(line["iou_first"] for line in lines[-10:] if "iou_first" in line),
+                "iou_scenes": learnt["iou_first"],
+                "seconds": {"scenes": learnt["seconds"], "photographs": last["seconds"]},
+            }
+            _write(result, found)
     report(given)
 
 
-def learn(run: Path, steps: int, **settings: Any) -> dict[str, Any]:
-    """Train for `steps` or go on; the last line of its log."""
+def learn(run: Path, *, steps: int, **settings: Any) -> dict[str, Any]:
+    """Train for `steps` or go on; the last line of its log. A run that is finished is left as it is."""
+    metrics = run / "metrics.jsonl"
+    if metrics.exists() and (last := json.loads(metrics.read_text().splitlines()[-1]))["step"] == steps:
+        return last
     config = PromptableTrainingConfig(
         run=run,
         steps=steps,
         warmup_steps=steps // 12,
         micro_batch=settings["batch_size"],
         log_every=20,
-        checkpoint_every=steps // 16,
-        evaluate_every=steps // 16 if "val" in settings else None,
+        checkpoint_every=max(1, steps // 8),
+        evaluate_every=max(1, steps // 8) if "val" in settings else None,
         resume=(run / "config.json").exists(),
         **settings,
     )
     return finetune_promptable(config, lambda line: print(run.name, _short(line), flush=True))
 
 
-def drawn_coarsely(annotations: Annotations, image_size: int) -> float:
-    """mIoU of the true masks with themselves, averaged over the cells of a mask at `image_size` and enlarged again."""
+def measure(segmenter: Segmenter, annotations: Annotations, protocol: str) -> Ious:
+    """IoU of the mask for every object's true box, crowds left out."""
     ious = []
     for number in range(len(annotations)):
-        for found in annotations.objects(number):
-            mask = torch.from_numpy(found.mask())[None, None]
-            if found.crowd or not mask.any():
-                continue
-            size = mask.shape[-2:]
-            scale = image_size / max(size) / 4
-            cells = F.interpolate(mask.float(), [round(side * scale) for side in size], mode="area")
-            again = F.interpolate(cells, size, mode="bilinear", align_corners=False) > 0.5
-            ious.append(mask_iou(mask, again).item())
-    return statistics.mean(ious)
+        objects = [found for found in annotations.objects(number) if not found.crowd]
+        if objects:
+            segmenter.set_image(annotations.read_image(number))
+        ious.append(measure_objects(segmenter, objects, PROTOCOLS[protocol], ["box"])["box"])
+    return ious
+
+
+def each_object(annotations: Annotations, score: Callable[[np.ndarray], float]) -> Ious:
+    """The same for masks that are made of the true ones."""
+
+    def kept(objects: list[Object]) -> list[np.ndarray]:
+        return [mask for found in objects if not found.crowd and (mask := found.mask()).any()]
+
+    return [[score(mask) for mask in kept(annotations.objects(number))] for number in range(len(annotations))]
+
+
+def ellipse_iou(truth: np.ndarray) -> float:
+    x0, y0, x1, y1 = tight_box(truth)
+    rows, columns = np.ogrid[: truth.shape[0], : truth.shape[1]]
+    across, along = (2 * columns + 1 - x0 - x1) / (x1 - x0), (2 * rows + 1 - y0 - y1) / (y1 - y0)
+    return mask_iou(across**2 + along**2 <= 1, truth)
+
+
+def cells_iou(truth: np.ndarray, image_size: int) -> float:
+    """Of a true mask with itself, averaged over the cells of a mask at `image_size` and enlarged again."""
+    scale = image_size / max(truth.shape) / 4
+    cells = F.interpolate(
+        torch.from_numpy(truth)[None, None].float(), [round(side * scale) for side in truth.shape], mode="area"
+    )
+    again = F.interpolate(cells, truth.shape, mode="bilinear", align_corners=False)[0, 0] > 0.5
+    return mask_iou(again.numpy(), truth)
 
 
 def _write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1))
-
-
-def draw_shapes(folder: Path, size: int, count: int = 800) -> Path:
-    """COCO-format JSON of `count` drawn scenes: ellipses, rectangles and blobs in plain colours with noise, one over another.
-
-    In every other picture what is annotated is not what is seen: there a prompt's place is all there is to go by, and the best
-    guess at a box is what usually fills one.
-    """
-    file = folder / "instances.json"
-    if file.exists():
-        return file
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    images, annotations = [], []
-    for number in range(count):
-        pixels = np.zeros((size, size, 3)) + rng.uniform(0, 255, 3)
-        masks: list[np.ndarray] = []
-        for _ in range(rng.integers(3, 10)):
-            canvas = Image.new("1", (size, size))
-            draw_shape(ImageDraw.Draw(canvas), size, rng)
-            mask = np.asarray(canvas)
-            masks = [one & ~mask for one in masks] + [mask]
-            pixels[np.rot90(mask, 2 * (number % 2))] = rng.uniform(0, 255, 3)
-        noisy = pixels + rng.normal(0, rng.uniform(2, 25), pixels.shape)
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
-        images.append({"id": number, "file_name": f"{number}.png", "width": size, "height": size})
-        for mask in masks:
-            if mask.sum() >= 64:
-                # Run lengths in columns, zeros first.
-                flat = np.concatenate([[0], mask.T.ravel(), [0]]).astype(np.int8)
-                edges = np.flatnonzero(np.diff(flat))
-                counts = np.diff(np.concatenate([[0], edges, [mask.size]])).tolist()
-                annotations.append(
-                    {
-                        "id": len(annotations),
-                        "image_id": number,
-                        "segmentation": {"size": [size, size], "counts": counts},
-                    }
-                )
-    file.write_text(json.dumps({"images": images, "annotations": annotations}))
-    return file
-
-
-def draw_shape(draw: ImageDraw.ImageDraw, size: int, rng: np.random.Generator) -> None:
-    """One shape at a random place, of a fifteenth to half of the picture's side."""
-    middle, radii = rng.uniform(0.1, 0.9, 2) * size, np.exp(rng.uniform(np.log(0.03), np.log(0.3), 2)) * size
-    kind = rng.integers(3)
-    if kind < 2:
-        corners = [*(middle - radii), *(middle + radii)]
-        (draw.ellipse if kind else draw.rectangle)(corners, fill=1)
-        return
-    angles = np.sort(rng.uniform(0, 2 * np.pi, 9))
-    lengths = rng.uniform(0.4, 1.3, 9)
-    points = middle + (radii * lengths[:, None]) * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    draw.polygon([(float(x), float(y)) for x, y in points], fill=1)
 
 
 def _short(line: dict[str, Any]) -> str:
@@ -233,55 +215,96 @@ def _short(line: dict[str, Any]) -> str:
 
 
 def report(given: argparse.Namespace) -> None:
-    """Print the table; draw the curves where `--plot` says."""
-    baseline, ceiling = (json.loads((given.work / name).read_text()) for name in ("box.json", "ceiling.json"))
+    """Print the tables; draw the curves where `--plot` says."""
+    baselines: dict[str, dict[str, Ious]] = json.loads((given.work / "baselines.json").read_text())
     arms = {arm: [json.loads(path.read_text()) for path in sorted(given.work.glob(f"{arm}-[0-9].json"))] for arm in ARMS}
-    if not arms["taught"]:
-        raise SystemExit(f"{given.work}: no run is finished yet")
-    names = list(arms["taught"][0]["final"])
+    if not all(arms.values()):
+        raise SystemExit(f"{given.work}: expected a finished run of every arm")
     print(f"{arms['taught'][0]['recipe']}\n")
-    print("| held-out mIoU, percent | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
-    for row, values in {"the box itself": baseline, "the true mask in such cells": ceiling}.items():
-        print(f"| {row} | " + " | ".join(f"{100 * values[name]:.1f}" if name in values else "-" for name in names) + " |")
+    columns = [(part, rule) for part in ("heldout", "all") for rule in RULES]
+    counts = {part: sum(map(len, ious)) for part, ious in baselines["the box itself as the mask"].items()}
+    print("| box mIoU, percent | " + " | ".join(f"{rule}, {counts[part]} objects" for part, rule in columns) + " |")
+    print("|---|" + "---|" * len(columns))
+    for name, ious in baselines.items():
+        print(f"| {name} | " + " | ".join(f"{_mean(ious[part]):.1f}" for part, _ in columns) + " |")
     for arm, runs in arms.items():
-        if not runs:
-            continue
-        cells = [_spread([100 * run["final"][name] for run in runs]) for name in names]
-        print(f"| {ARMS[arm]}, {len(runs)} seeds | " + " | ".join(cells) + " |")
-    pairs = list(zip(arms["taught"], arms["scratch"], strict=False))
-    if pairs:
         cells = [
-            _spread([100 * (taught["final"][name] - scratch["final"][name]) for taught, scratch in pairs]) for name in names
+            _over_seeds([100 * run["curve"][0][CURVES[rule]] for run in runs]) if part == "heldout" else "-"
+            for part, rule in columns
         ]
-        print("| difference, paired by seed | " + " | ".join(cells) + " |")
+        print(f"| {ARMS[arm]}, before it saw a photograph | " + " | ".join(cells) + " |")
+    means = {
+        arm: {(part, rule): [_mean(run["ious"][part][rule]) for run in runs] for part, rule in columns}
+        for arm, runs in arms.items()
+    }
     for arm, runs in arms.items():
-        print(f"{arm}: {len(runs)} seeds, {_spread([run['seconds'] / 60 for run in runs])} minutes a run")
+        print(f"| {ARMS[arm]}, {len(runs)} seeds | " + " | ".join(_over_seeds(means[arm][column]) for column in columns) + " |")
+
+    box, ellipse = list(baselines)[:2]
+    print("\n| differences, percentage points | " + " | ".join(f"{rule}: over seeds | over pictures" for rule in RULES) + " |")
+    print("|---|" + "---|---|" * len(RULES))
+    others: dict[str, Callable[[str], list[Ious]]] = {
+        "pretrained - scratch, paired by seed": lambda rule: [run["ious"]["heldout"][rule] for run in arms["scratch"]],
+        "pretrained - the box": lambda rule: [baselines[box]["heldout"]] * len(arms["taught"]),
+        "pretrained - the ellipse": lambda rule: [baselines[ellipse]["heldout"]] * len(arms["taught"]),
+    }
+    for name, other in others.items():
+        cells = []
+        for rule in RULES:
+            pairs = list(zip([run["ious"]["heldout"][rule] for run in arms["taught"]], other(rule), strict=False))
+            cells += [_over_seeds([_mean(ours) - _mean(theirs) for ours, theirs in pairs]), _over_pictures(pairs)]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    print()
+    for arm, runs in arms.items():
+        minutes = {stage: statistics.mean(run["seconds"][stage] / 60 for run in runs) for stage in runs[0]["seconds"]}
+        learnt = {name: statistics.mean(100 * run[f"iou_{name}"] for run in runs) for name in ("scenes", "training")}
+        print(
+            f"{arm}: {minutes['scenes']:.1f} minutes on the scenes, {minutes['photographs']:.1f} on the photographs; "
+            f"IoU on what it was trained on at the end {learnt['scenes']:.1f} and {learnt['training']:.1f}"
+        )
     if given.plot:
-        _draw(baseline, arms, given.plot)
+        _draw({name: _mean(baselines[name]["heldout"]) for name in (box, ellipse)}, arms, given.plot)
 
 
-def _spread(values: list[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.1f} ± {deviation:.1f}" if values else "-"
+def _mean(ious: Ious) -> float:
+    """Over the objects, percent."""
+    return 100 * statistics.mean(iou for picture in ious for iou in picture)
 
 
-def _draw(baseline: dict[str, float], arms: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def _over_seeds(values: list[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.1f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values):.1f} ± {half:.1f}"
+
+
+def _over_pictures(pairs: list[tuple[Ious, Ious]]) -> str:
+    """Interval of the mean difference of `pairs`, one a seed, if the held-out pictures had been others."""
+    sums = [[sum(ours) - sum(theirs) for ours, theirs in zip(*pair, strict=True)] for pair in pairs]
+    counts = np.array([len(picture) for picture in pairs[0][0]])
+    differences, counts = np.mean(sums, axis=0)[counts > 0], counts[counts > 0]
+    drawn = np.random.default_rng(0).integers(len(counts), size=(10_000, len(counts)))
+    low, high = np.percentile(100 * differences[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
+    return f"{low:.1f} to {high:.1f}"
+
+
+def _draw(baselines: dict[str, float], arms: dict[str, list[dict[str, Any]]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     colours = {"taught": "#0072B2", "scratch": "#D55E00"}
-    for panel, (key, name) in zip(axes, CURVES.items(), strict=True):
+    for panel, (rule, key) in zip(axes, CURVES.items(), strict=True):
         for arm, runs in arms.items():
             for number, run in enumerate(runs):
                 steps, values = [line["step"] for line in run["curve"]], [100 * line[key] for line in run["curve"]]
                 panel.plot(steps, values, color=colours[arm], marker="o", markersize=3, label=ARMS[arm] if not number else None)
-        if name == "box":
-            panel.axhline(100 * baseline["single/box"], color="black", linestyle=":", label="the box itself")
-        panel.set_title(f"prompt: {name}")
-        panel.set_xlabel("optimizer step")
+        for (name, value), style in zip(baselines.items(), (":", "--"), strict=True):
+            panel.axhline(value, color="black", linestyle=style, label=name)
+        panel.set_title(f"mask: {rule}")
+        panel.set_xlabel("optimizer step on the photographs")
         panel.grid(alpha=0.3)
-    axes[0].set_ylabel("mIoU over the held-out objects, percent")
+    axes[0].set_ylabel("box mIoU over the held-out objects, percent")
     axes[0].legend(frameon=False)
     figure.savefig(path)
 
@@ -295,22 +318,24 @@ def main() -> None:
     training.add_argument("--images", type=Path, required=True)
     training.add_argument("--student", type=Path, required=True)
     training.add_argument("--encoder", default="vit_t", help="what RUN is")
-    training.add_argument("--shape-steps", type=int, default=3000)
-    training.add_argument("--shape-lr", type=float, default=6e-4)
-    training.add_argument("--shape-batch", type=int, default=16)
     training.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     training.add_argument("--seeds", type=int, default=3)
-    training.add_argument("--steps", type=int, default=4000)
+    training.add_argument("--scenes", type=int, default=2000, help="drawn ones, to learn prompts from")
+    training.add_argument("--scene-seeds", type=int, default=1, help="an arm's models of scenes, that its seeds take in turn")
+    training.add_argument("--scene-steps", type=int, default=3000)
+    training.add_argument("--scene-lr", type=float, default=6e-4)
+    training.add_argument("--scene-batch", type=int, default=16)
+    training.add_argument("--steps", type=int, default=1280, help="on the photographs")
     training.add_argument("--batch-size", type=int, default=8)
+    training.add_argument("--lr", type=float, default=4e-4)
+    training.add_argument("--focal-weight", type=float, default=4, help="on the photographs; on the scenes 20, as published")
+    training.add_argument("--crop", type=float, default=0.7)
     training.add_argument("--min-area", type=int, default=32**2, help="pixels; smaller objects are left out")
-    training.add_argument("--lr", type=float, default=1e-4)
-    training.add_argument("--crop", type=float, default=0.5)
-    training.add_argument("--box-share", type=float, default=0.5, help="of the prompts for photographs; the others are clicks")
-    training.add_argument("--precision", default="float32")
-    training.add_argument("--image-size", type=int, default=224)
-    training.add_argument("--error-points", type=int, default=0)
-    training.add_argument("--mask-rounds", type=int, default=0)
-    training.add_argument("--max-objects", type=int, default=16)
+    training.add_argument("--box-share", type=float, default=1.0, help="of the prompts of both stages; the others are clicks")
+    training.add_argument("--box-noise", type=float, default=0.0, help="standard deviation of a box's sides, of their length")
+    training.add_argument("--precision", default="bfloat16")
+    training.add_argument("--image-size", type=int, default=128)
+    training.add_argument("--max-objects", type=int, default=8)
     reporting = commands.add_parser("report")
     reporting.set_defaults(run=report)
     for command in (training, reporting):

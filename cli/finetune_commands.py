@@ -68,6 +68,15 @@ def promptable(
     crop: Annotated[
         float, typer.Option(help="Cut parts out of the pictures, with sides of this share up to all. For small data: 0.5.")
     ] = 1.0,
+    box_share: Annotated[
+        float, typer.Option(help="Of the objects, those that are first asked for by a box, not a point.")
+    ] = 0.5,
+    box_noise: Annotated[
+        float, typer.Option(help="Standard deviation of a box's sides, as a share of them. For small data and exact boxes: 0.")
+    ] = 0.1,
+    focal_weight: Annotated[
+        float, typer.Option(help="Of the focal loss beside the dice loss. For small data: 4, which finds whole objects sooner.")
+    ] = 20.0,
     error_points: Annotated[
         int | None, typer.Option(min=0, help="Rounds with a point where the last answer is wrong. Default: 8; efficientsam 4.")
     ] = None,
@@ -111,7 +120,8 @@ def promptable(
         family=family,  # type: ignore[arg-type]
         student=student,
         image_size=image_size,
-        prompts=PromptConfig(max_objects=max_objects, flip=flip, crop=crop),
+        prompts=PromptConfig(max_objects=max_objects, flip=flip, crop=crop, box_share=box_share, box_noise=box_noise),
+        focal_weight=focal_weight,
         error_points=error_points,
         mask_rounds=mask_rounds,
         epochs=epochs,

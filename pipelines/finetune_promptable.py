@@ -1,5 +1,6 @@
 """Fine-tuning a pretrained student to segment anything from prompts."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from pipelines.starts import open_start
 from sami_cache.data.annotations import open_annotations
 from sami_cache.data.sources import open_source
 from sami_cache.errors import SamiCacheError
+from sami_cache.mask_losses import FOCAL_WEIGHT
 from sami_cache.models.segment_anything import Family, SegmentAnything, SegmentAnythingConfig
 from sami_cache.models.segment_anything_weights import load_decoder, load_student
 from sami_cache.order import split_held_out
@@ -61,6 +63,8 @@ class PromptableTrainingConfig(RunOptions):
     """Default: 8, family efficientsam 4."""
     mask_rounds: int | None = None
     """Default: 2, family efficientsam 0."""
+    focal_weight: float = FOCAL_WEIGHT
+    """Of the focal loss beside the dice loss."""
     epochs: float = EFFICIENTSAM_SA1B.epochs
     batch_size: int = EFFICIENTSAM_SA1B.batch_size
     lr: float = EFFICIENTSAM_SA1B.lr
@@ -124,6 +128,8 @@ def start_model(config: PromptableTrainingConfig) -> SegmentAnything:
 def _prepare_prompts(config: PromptableTrainingConfig, model: SegmentAnything, device: torch.device) -> Prepared:
     if config.holdout is not None:
         raise SamiCacheError("--holdout goes with --from-cache; here --val says what to evaluate on")
+    if not 0 <= config.focal_weight < math.inf:
+        raise SamiCacheError(f"focal_weight is {config.focal_weight}: expected 0 or more")
     if config.data is None:
         raise SamiCacheError("there is nothing to train on: give --data (COCO-format JSON or SA-1B folder), or --from-cache")
     annotations = open_annotations(config.data, config.images)
@@ -150,10 +156,13 @@ def _prepare_prompts(config: PromptableTrainingConfig, model: SegmentAnything, d
     )
     rank, world = rank_and_world()
     numbers = range(rank, len(held_out) if held_out else 0, world)
-    task = PromptableTask(own, steps, rounds, held_out=held_out, numbers=numbers, device=device)
+    task = PromptableTask(
+        own, steps, rounds, held_out=held_out, numbers=numbers, focal_weight=config.focal_weight, device=device
+    )
     settings = _settings(config, own, steps.steps_per_epoch) | {
         "prompts": asdict(config.prompts),
         "rounds": {"error_points": rounds.error_points, "mask_rounds": rounds.mask_rounds},
+        "focal_weight": config.focal_weight,
         "freeze_decoder": config.freeze_decoder,
         "pictures": {"train": len(annotations), "held_out": len(held_out) if held_out else 0},
         "annotations": {"train": annotations.fingerprint, "held_out": held_out.fingerprint if held_out else None},

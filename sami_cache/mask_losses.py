@@ -9,8 +9,10 @@ FOCAL_WEIGHT = 20.0
 DICE_WEIGHT = 1.0
 
 
-def mask_loss(logits: Tensor, target: Tensor, inside: Tensor) -> Tensor:
-    """Focal loss (alpha 0.25, gamma 2) and dice loss, 20 : 1; both are means over a mask's cells.
+def mask_loss(logits: Tensor, target: Tensor, inside: Tensor, focal_weight: float = FOCAL_WEIGHT) -> Tensor:
+    """Focal loss (alpha 0.25, gamma 2) and dice loss, published 20 : 1; both are means over a mask's cells.
+
+    Alpha 0.25 counts a cell inside a third of one outside: what a model is not sure of, it leaves out where focal loss decides.
 
     Args:
         logits: float32 [..., M, h, w], M masks for one object.
@@ -24,7 +26,7 @@ def mask_loss(logits: Tensor, target: Tensor, inside: Tensor) -> Tensor:
     shares = logits.sigmoid() * inside
     overlap, both = (shares * target).sum((-2, -1)), (shares + target * inside).sum((-2, -1))
     dice = 1 - (2 * overlap + 1) / (both + 1)  # 1: so that an empty mask of an empty object is right
-    return FOCAL_WEIGHT * focal + DICE_WEIGHT * dice
+    return focal_weight * focal + DICE_WEIGHT * dice
 
 
 def mask_iou(predicted: Tensor, target: Tensor) -> Tensor:

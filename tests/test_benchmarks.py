@@ -1,4 +1,4 @@
-"""The benchmark of the codecs: its errors, entropies and bounds against what is known of Gaussians."""
+"""What benchmarks compute themselves: the codecs' theory against what is known of Gaussians, masks against their definition."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import teacher_like
+
+from sami_cache.data.annotations import open_annotations
 
 
 @pytest.fixture
@@ -143,3 +145,37 @@ def test_gpu_benchmarks_run_once_for_each_gpu(
     monkeypatch.setattr(gpu, "WANTED", (gpu.WANTED[0], gpu.WANTED[2]))
     assert gpu.main() == 0
     assert capsys.readouterr().out.count("there already") == 2
+
+
+def test_drawn_scenes_are_annotated_with_what_is_seen_of_each_object(benchmarks: Path, tmp_path: Path) -> None:
+    scenes = load(benchmarks, "drawn_scenes")
+    annotations = open_annotations(scenes.draw_scenes(tmp_path, 64, 6), tmp_path)
+    for number in range(6):
+        pixels, masks = scenes.draw_scene(64, np.random.default_rng((0, number)))
+        np.testing.assert_array_equal(annotations.read_image(number), pixels)
+        found = [one.mask() for one in annotations.objects(number)]
+        np.testing.assert_array_equal(found, masks)
+        assert np.sum(found, axis=0).max() == 1  # what is behind another is not seen
+        assert min(mask.sum() for mask in found) >= scenes.LEAST_AREA
+
+
+def test_the_ellipse_that_fills_a_box_covers_a_quarter_of_pi_of_it_and_cells_keep_what_they_can_show(benchmarks: Path) -> None:
+    promptable = load(benchmarks, "promptable")
+    box = np.zeros((300, 400), bool)
+    box[50:250, 100:140] = True
+    assert promptable.ellipse_iou(box) == pytest.approx(np.pi / 4, abs=0.01)
+    rows, columns = np.ogrid[:300, :400]
+    assert promptable.ellipse_iou(((rows - 149.5) / 100) ** 2 + ((columns - 200) / 50.5) ** 2 <= 1) > 0.98
+    assert promptable.cells_iou(box, 1600) == 1  # a cell a pixel
+    assert promptable.cells_iou(box, 100) > 0.9
+    assert promptable.cells_iou(box[:, :105], 16) < 0.9
+
+
+def test_intervals_over_seeds_are_students_and_over_pictures_weigh_them_by_their_objects(benchmarks: Path) -> None:
+    promptable = load(benchmarks, "promptable")
+    assert promptable._over_seeds([1.0, 2.0, 3.0]) == "2.0 ± 2.5"  # 4.303 / sqrt(3)
+    ours, theirs = [[0.5, 0.7], [], [0.9]], [[0.4, 0.6], [], [0.8]]  # a picture without objects counts as none
+    assert promptable._over_pictures([(ours, theirs), (theirs, theirs)]) == "5.0 to 5.0"
+    apart = [[1.0] * 9, [0.0]], [[0.0] * 9, [0.0]]
+    assert promptable._over_pictures([apart]) == "0.0 to 100.0"
+    assert promptable._mean(ours) == pytest.approx(70)

@@ -1,6 +1,7 @@
 """`sami-cache finetune promptable`, from a student, a checkpoint, a cache; opened again; and what is refused."""
 
 import json
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -193,6 +194,20 @@ def test_the_published_recipe_is_the_default(data, tmp_path):
     assert prepared.settings["prompts"]["max_objects"] == 64
     prepared = prepare(config(tmp_path / "run", data, **chosen, family="efficientsam"), CPU)
     assert prepared.settings["rounds"] == {"error_points": 4, "mask_rounds": 0}
+    assert prepared.settings["focal_weight"] == 20
+
+
+def test_the_focal_loss_counts_as_much_as_asked(data, tmp_path):
+    losses = []
+    for weight in (0.0, 10.0, 20.0):
+        task = prepare(config(tmp_path / "run", data, focal_weight=weight), CPU).task
+        with closing(task.batches(0)) as batches:
+            losses.append(float(task.loss(task.model, next(batches), CPU)["loss"].detach()))
+    assert losses[0] < losses[1] < losses[2]
+    assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-4)
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(SamiCacheError, match=r"focal_weight is .* expected 0 or more"):
+            prepare(config(tmp_path / "run", data, focal_weight=bad), CPU)
 
 
 def test_a_frozen_decoder_stays_as_it_was_loaded(data, tmp_path):

@@ -64,7 +64,8 @@ def test_mask_loss_is_the_formula():
     logits, target = rng.normal(size=(3, 4, 6)) * 2, rng.random((4, 6)) < 0.4
     inside = np.zeros((4, 6), bool)
     inside[:3, :5] = True
-    found = mask_loss(torch.tensor(logits)[None], torch.tensor(target)[None], torch.tensor(inside))
+    given = torch.tensor(logits)[None], torch.tensor(target)[None], torch.tensor(inside)
+    found, lighter = mask_loss(*given), mask_loss(*given, focal_weight=3)
     for mask in range(3):
         focal, overlap, both = 0.0, 0.0, 0.0
         for i, j in np.argwhere(inside):
@@ -73,8 +74,9 @@ def test_mask_loss_is_the_formula():
             focal -= alpha * (1 - right) ** 2 * np.log(right) / inside.sum()
             overlap += p * target[i, j]
             both += p + target[i, j]
-        want = 20 * focal + 1 - (2 * overlap + 1) / (both + 1)
-        assert float(found[0, mask]) == pytest.approx(want, rel=1e-5)
+        dice = 1 - (2 * overlap + 1) / (both + 1)
+        assert float(found[0, mask]) == pytest.approx(20 * focal + dice, rel=1e-5)
+        assert float(lighter[0, mask]) == pytest.approx(3 * focal + dice, rel=1e-5)
 
 
 def test_iou_and_its_estimate():
@@ -121,13 +123,13 @@ def canned(target, box: bool):
     return model, batch, logits
 
 
-@pytest.mark.parametrize("box", [False, True])
-def test_the_best_of_three_is_trained_and_token_0_by_boxes_and_later_rounds(box):
+@pytest.mark.parametrize(("box", "focal_weight"), [(False, 20.0), (True, 20.0), (True, 3.0)])
+def test_the_best_of_three_is_trained_and_token_0_by_boxes_and_later_rounds(box, focal_weight):
     target = torch.zeros(16, 16, dtype=torch.bool)
     target[3:9, 4:12] = True
     model, batch, logits = canned(target, box)
-    scores = mask_loss(logits[0, 0], target, batch.inside[0])
-    values = model(batch, [], False)
+    scores = mask_loss(logits[0, 0], target, batch.inside[0], focal_weight)
+    values = model(batch, [], False, focal_weight)
     assert scores[1:].argmin() == 1
     estimates = iou_loss(model.answer.iou[0, 0], logits[0, 0], target, batch.inside[0])
     best, single = scores[2] + estimates[1:].mean(), scores[0] + estimates[0]
@@ -139,7 +141,7 @@ def test_the_best_of_three_is_trained_and_token_0_by_boxes_and_later_rounds(box)
     # What is shown, and prompts the next round, is the one that the decoder rates highest.
     assert float(values["iou_first"]) == pytest.approx(float(mask_iou(logits[0, 0, 3] > 0, target)))
     logits.grad = None
-    values = model(batch, [True, False], False)
+    values = model(batch, [True, False], False, focal_weight)
     assert torch.equal(model.asked[-2][2][:, :, 0], logits[:, :, 3])
     assert torch.equal(model.asked[-1][2][:, :, 0], logits[:, :, 0])
     assert [asked[1].shape[2] for asked in model.asked[1:]] == [2, 3, 3]

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sami_cache.data.annotations import Annotations, Object
 from sami_cache.errors import SamiCacheError
-from sami_cache.mask_losses import iou_loss, mask_iou, mask_loss
+from sami_cache.mask_losses import FOCAL_WEIGHT, iou_loss, mask_iou, mask_loss
 from sami_cache.models.segment_anything import EFFICIENTSAM_POINTS, Family, Masks, SegmentAnything
 from sami_cache.processes import totals
 from sami_cache.prompts import Prompted, collate, tight_box, uniform_points
@@ -61,7 +61,9 @@ class RoundsConfig:
 class TrainedSegmentAnything(SegmentAnything):
     """The same model under the same names, with all rounds of a batch as its `forward`, where wrappers look for it."""
 
-    def forward(self, batch: Prompted, rounds: list[bool], recompute: bool) -> dict[str, Tensor]:
+    def forward(
+        self, batch: Prompted, rounds: list[bool], recompute: bool, focal_weight: float = FOCAL_WEIGHT
+    ) -> dict[str, Tensor]:
         """The training losses of a batch on the model's device; `rounds` as `RoundsConfig.draw` gives them.
 
         Objects are averaged within their picture, then pictures, so that it does not matter how a batch is cut.
@@ -76,7 +78,7 @@ class TrainedSegmentAnything(SegmentAnything):
                 points, labels = torch.cat([points, point], 2), torch.cat([labels, label], 2)
             asked = (points, labels) if self.config.family == "sam" else self.complete_prompts(points, labels)
             given = answer if self.config.family == "sam" else None
-            arguments = (embeddings, *asked, given, batch, number == 0)
+            arguments = (embeddings, *asked, given, batch, number == 0, focal_weight)
             if recompute and rounds and torch.is_grad_enabled():
                 loss, iou, answer = checkpoint(self._round, *arguments, use_reentrant=False, preserve_rng_state=False)  # type: ignore[misc]
             else:
@@ -92,7 +94,14 @@ class TrainedSegmentAnything(SegmentAnything):
         }
 
     def _round(
-        self, embeddings: Tensor, points: Tensor, labels: Tensor, given: Tensor | None, batch: Prompted, first: bool
+        self,
+        embeddings: Tensor,
+        points: Tensor,
+        labels: Tensor,
+        given: Tensor | None,
+        batch: Prompted,
+        first: bool,
+        focal_weight: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss [B, Q], IoU of the mask shown [B, Q], and its logits [B, Q, 1, h, w] for the next round."""
         masks = self.decode(embeddings, points, labels, given)
@@ -100,7 +109,7 @@ class TrainedSegmentAnything(SegmentAnything):
         inside = batch.inside[:, None]
         with torch.autocast(embeddings.device.type, enabled=False):
             logits = masks.logits.float()
-            scores = mask_loss(logits, batch.targets, inside)
+            scores = mask_loss(logits, batch.targets, inside, focal_weight)
             estimates = iou_loss(masks.iou, logits, batch.targets, inside)
             loss = single = scores[..., 0] + estimates[..., 0]
             shown = torch.zeros_like(labels[..., :1])
@@ -162,13 +171,17 @@ class PromptableTask:
         *,
         held_out: Annotations | None = None,
         numbers: range | list[int] = range(0),
+        focal_weight: float = FOCAL_WEIGHT,
         device: torch.device,
     ) -> None:
-        """`held_out`: what is evaluated on, of it the pictures `numbers`: this process's share."""
+        """`held_out`: what is evaluated on, of it the pictures `numbers`: this process's share.
+
+        `focal_weight`: see `mask_loss`.
+        """
         config.check(model.config.family)
         self.model: nn.Module = model
         self.steps, self.config, self.device = steps, config, device
-        self.held_out, self.numbers = held_out, numbers
+        self.held_out, self.numbers, self.focal_weight = held_out, numbers, focal_weight
         self.steps_per_epoch: float | None = steps.steps_per_epoch
         if model.config.family == "sam" and not config.error_points + config.mask_rounds:
             model.get_submodule("prompt_encoder.mask_downscaling").requires_grad_(False)  # nothing would use it
@@ -183,7 +196,7 @@ class PromptableTask:
     def loss(self, model: nn.Module, batch: tuple[Prompted, list[bool]], device: torch.device) -> dict[str, Tensor]:
         prompted, rounds = batch
         there = Prompted(*(value.to(device) for value in prompted))
-        return model(there, rounds, self.config.recompute)
+        return model(there, rounds, self.config.recompute, self.focal_weight)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Mean IoU over the held-out objects, crowds left out, at the pictures' own resolution.
