@@ -56,9 +56,11 @@ JUDGED = {"detection": "box AP50, any class", "semantic": "mIoU, frequent"}
 MARGIN = 2.0
 CURVES = {"detection": ("heldout_box_AP50", "box AP50"), "semantic": ("heldout_miou", "mIoU")}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "detection": {"image_size": 192, "steps": 1600, "batch_size": 2, "lr": 3e-4},
-    "semantic": {"image_size": 160, "steps": 1600, "batch_size": 2, "lr": 3e-4},
+    "detection": {"image_size": 160, "steps": 1000, "batch_size": 4, "lr": 1e-3},
+    "semantic": {"image_size": 128, "steps": 1000, "batch_size": 4, "lr": 2e-3},
 }
+OWN = {"detection": "regions", "semantic": "backbone_lr"}
+"""The option of `train` that only this task has."""
 UNLABELLED = 0
 """The index of pixels that belong to no segment."""
 
@@ -89,8 +91,7 @@ def train(given: argparse.Namespace) -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     parts, work = split(given.data, given.work), given.work
     recipe = {name: getattr(given, name) or default for name, default in DEFAULTS[given.task].items()}
-    recipe |= {"channels": given.channels, "backbone_lr": given.backbone_lr} if given.task == "semantic" else {}
-    recipe |= {"channels": given.channels, "regions": given.regions} if given.task == "detection" else {}
+    recipe |= {name: getattr(given, name) for name in ("channels", "precision", OWN[given.task])}
     for seed in range(given.first_seed, given.seeds):
         for arm in given.arms:
             name = f"{given.task}-{arm}-{seed}"
@@ -106,11 +107,10 @@ def train(given: argparse.Namespace) -> None:
                 "seed": seed,
                 "micro_batch": recipe["batch_size"],
                 "warmup_steps": recipe["steps"] // 20,
-                "evaluate_every": max(1, recipe["steps"] // 8),
-                "checkpoint_every": max(1, recipe["steps"] // 8),
+                "evaluate_every": max(1, recipe["steps"] // 4),
+                "checkpoint_every": max(1, recipe["steps"] // 4),
                 "log_every": max(1, recipe["steps"] // 60),
                 "clip_grad": 1.0,
-                "precision": "float32",
                 "window": None,
                 "resume": (run / "config.json").exists(),
                 **recipe,
@@ -146,7 +146,7 @@ def learn_semantic(shared: dict[str, Any], parts: dict[str, Path], data: Path) -
         mask2former=Mask2FormerShape(
             queries=40, encoder_layers=2, decoder_layers=3, encoder_feedforward=256, feedforward=256, points=1024
         ),
-        augment=SemanticAugment(smallest=0.8, largest=1.4),
+        augment=SemanticAugment(smallest=0.8, largest=1.4, colour=False),
         **shared,
     )
     return finetune_semantic(config, lambda line: print(shared["run"].name, _short(line), flush=True))
@@ -333,11 +333,12 @@ def main(arguments: list[str] | None = None) -> None:
     training.add_argument("--image-size", type=int, help=f"default: {_defaults('image_size')}")
     training.add_argument("--batch-size", type=int, help=f"default: {_defaults('batch_size')}")
     training.add_argument("--lr", type=float, help=f"default: {_defaults('lr')}")
+    training.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     training.add_argument("--channels", type=int, default=64, help="of pyramid and heads")
     training.add_argument(
-        "--regions", type=int, default=64, help="of a picture, that the detector's heads learn from in a step"
+        "--regions", type=int, default=32, help="of a picture, that the detector's heads learn from in a step"
     )
-    training.add_argument("--backbone-lr", type=float, default=1.0, help="of semantic: times the rate, for the encoder")
+    training.add_argument("--backbone-lr", type=float, default=0.3, help="of semantic: times the rate, for the encoder")
     reporting = commands.add_parser("report")
     reporting.set_defaults(run=report)
     reporting.add_argument("--plot", type=Path)
