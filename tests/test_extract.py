@@ -325,19 +325,19 @@ def test_tar_and_parquet_give_the_same_embeddings(photos, extracted, tmp_path):
 )
 def test_a_teacher_that_breaks_is_named_before_the_commit(photos, tmp_path, monkeypatch, value, says):
     """Whether its image is among those the codec is fitted on or not."""
-    real = Embedder._encode
+    real = Embedder.embed
 
-    def broken(self, prepared):
-        embeddings = real(self, prepared)
-        for index, item in enumerate(prepared):
-            if item.sample.key == "rocket/0031.jpg":
-                if value is None:
-                    embeddings[index] = 0.5
-                else:
-                    embeddings[index, 5, 1, 1] = value
-        return embeddings
+    def broken(self, batches):
+        for part in real(self, batches):
+            for sample, embedding in zip(part.samples, part.embeddings, strict=True):
+                if sample.key == "rocket/0031.jpg":
+                    if value is None:
+                        embedding[:] = 0.5
+                    else:
+                        embedding[5, 1, 1] = value
+            yield part
 
-    monkeypatch.setattr(Embedder, "_encode", broken)
+    monkeypatch.setattr(Embedder, "embed", broken)
     for fit_images in (8, 73):
         target = tmp_path / f"{fit_images}.zarr"
         with pytest.raises(SamiCacheError, match=rf"'rocket/0031.jpg' .*{says}"):
