@@ -193,6 +193,8 @@ def prepare_job(config: ExtractConfig) -> Job:
         # Batches end with their shards, and what is missing in one is computed all the same.
         limit=existing.layout.shard_samples if existing else config.shard_samples or shard,
     )
+    if settings["compile"] and attention == "flex" and device.type == "cpu":
+        raise SamiCacheError("--compile: torch cannot compile --attention flex for the CPU. Use --attention timm or folded.")
     embedder = Embedder(
         source=source,
         teacher=teacher,
@@ -205,10 +207,9 @@ def prepare_job(config: ExtractConfig) -> Job:
         images={"short_side": 256, "quality": 90} if settings["images"] else None,
         workers=config.workers or min(16, os.cpu_count() or 1),
     )
-    codec = {"name": settings["codec"], "error": settings["error"] if settings["codec"] == "pca" else None}
-    job = Job(
-        config, source, embedder, existing, codec | {"fit_images": settings["fit_images"]}, attention=attention, added=added
-    )
+    codec: dict[str, Any] = {"name": settings["codec"], "error": settings["error"] if settings["codec"] == "pca" else None}
+    codec["fit_images"] = settings["fit_images"]
+    job = Job(config, source, embedder, existing, codec, attention=attention, added=added)
     if existing:
         existing.check_identity(job.identity)
     if other:

@@ -1,4 +1,4 @@
-"""What is chosen by measuring, with costs that are known: batch size, way of computing attention, and what going on means again."""
+"""What is chosen by measuring, with costs that are known: batch size and way of computing attention; and going on."""
 
 from dataclasses import replace
 
@@ -164,6 +164,8 @@ def test_going_on_means_the_recorded_batch_size_and_attention_again_but_not_on_o
     assert (job.embedder.batch_size, job.attention) == (5, "folded")
     assert isinstance(job.embedder.teacher.encoder.blocks[0].attn, FoldedAttention)
     assert extract(left_out).samples_done == 0
+    with pytest.raises(SamiCacheError, match="cannot compile --attention flex for the CPU"):
+        prepare_job(replace(new, attention="flex", compile=True))
     monkeypatch.setattr("pipelines.jobs._hardware", lambda device: "another machine's GPU")
     job = prepare_job(left_out)
     assert (job.embedder.batch_size, job.attention) == (8, "timm")
@@ -171,5 +173,5 @@ def test_going_on_means_the_recorded_batch_size_and_attention_again_but_not_on_o
 
 def test_a_gpu_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SamiCacheError, match="--device cuda: torch .* sees no GPU here. Use --device cpu"):
+    with pytest.raises(SamiCacheError, match=r"--device cuda: torch .* sees no GPU here\. Use --device cpu"):
         prepare_job(ExtractConfig(data=tmp_path, cache=tmp_path / "cache.zarr", teacher="vit_b", device="cuda"))
