@@ -1,5 +1,6 @@
 """The teacher on its device: packed batches of bytes in, embeddings out, and whoever launches a batch waits for none."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,7 @@ class Encoder:
         self.dtype = PRECISIONS[precision]
         if self.dtype != torch.float32:
             cast_once(teacher, self.dtype)
-        self.maps = torch.compile(self._maps, mode=compiled, dynamic=False, fullgraph=True) if compiled else self._maps
+        self.maps = compile_teacher(teacher, self._maps, compiled) if compiled else self._maps
         on_gpu = device.type == "cuda"
         if on_gpu:
             self.ahead = 2
@@ -108,6 +109,23 @@ class Encoder:
     def _maps(self, pixels: Tensor, sizes: Tensor) -> Tensor:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.teacher(normalise_and_pad(self.teacher, pixels, sizes))
+
+
+def compile_teacher(
+    teacher: Teacher, maps: Callable[[Tensor, Tensor], Tensor], mode: str
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """`maps`, or the blocks of the teacher within it, through torch.compile for one shape.
+
+    A transformer's blocks are compiled by themselves: those of a SAM are two graphs, of the windowed and the global ones,
+    where the whole of ViT-H is 32 of them in one, which takes many times as long to compile. Only a CUDA graph is made of
+    the whole, because what it saves is launching.
+    """
+    blocks = getattr(teacher.encoder, "blocks", None)
+    if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or mode == "reduce-overhead":
+        return torch.compile(maps, mode=mode, dynamic=False, fullgraph=True)
+    for block in blocks:
+        block.compile(mode=mode, dynamic=False, fullgraph=True)
+    return maps
 
 
 def normalise_and_pad(teacher: Teacher, pixels: Tensor, sizes: Tensor) -> Tensor:
