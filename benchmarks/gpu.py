@@ -14,14 +14,23 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+VIT_H = ("--device", "cuda", "--teachers", "vit_h", "--sizes")
 # (topic, script, arguments), most wanted first. A script prints Markdown and writes it to --out once it is done.
 WANTED = (
     ("train-vit_s", "train.py", ("--students", "vit_s", "--device", "cuda")),
+    ("extract-vit_h-1024", "extract.py", (*VIT_H, "1024", "--compile-pipeline")),
     ("train-vit_t", "train.py", ("--students", "vit_t", "--device", "cuda")),
     ("train-vit_b", "train.py", ("--students", "vit_b", "--device", "cuda")),
     ("train-vit_s-compiled", "train.py", ("--students", "vit_s", "--compile", "--device", "cuda")),
+    (
+        "extract-vit_h-1024-modes",
+        "extract.py",
+        (*VIT_H, "1024", "--parts", "encoders", "--ways", "folded", "flex", "--modes", "default", "reduce-overhead"),
+    ),
+    ("extract-vit_h-224", "extract.py", (*VIT_H, "224", "--samples", "16384", "--compile-pipeline")),
     ("targets", "targets.py", ("--device", "cuda")),
     ("train-online", "train.py", ("--online", "1024", "224", "--device", "cuda")),
+    ("extract-vit_l-vit_b", "extract.py", ("--teachers", "vit_l", "vit_b", "--samples", "8192", "--device", "cuda")),
     ("targets-112-channels", "targets.py", ("--device", "cuda", "--channels", "112")),
 )
 

@@ -70,14 +70,19 @@ def extract(
     precision: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: bfloat16 on CUDA.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the random views, and of random weights.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Images the teacher sees at once. Default: 32 on CUDA, 8 on the CPU.")
-    ] = None,
+        str, typer.Option(help="Images the teacher sees at once. auto: 8 on the CPU; on CUDA measured, then kept for going on.")
+    ] = "auto",
     shard_samples: Annotated[int | None, typer.Option(help="Samples a shard, a power of two. Default: 17 to 34 MB.")] = None,
     source_kind: Annotated[str | None, typer.Option(help="folder, tar or parquet, where --data holds several.")] = None,
     device: Device = "auto",
     attention: Annotated[
-        str, typer.Option(help="How a SAM attends: timm, folded or flex; the same but for rounding, which differ in speed.")
-    ] = "timm",
+        str,
+        typer.Option(help="How a SAM attends, the same but for rounding: timm, folded or flex. auto: on CUDA the fastest."),
+    ] = "auto",
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="torch.compile the teacher: takes minutes, and rounds otherwise."),
+    ] = None,
     workers: Workers = None,
     grace: Grace = 20.0,
     trust_images: Annotated[
@@ -115,9 +120,10 @@ def extract(
         codec_from=codec_from,
         images=images,
         shard_samples=shard_samples,
-        batch_size=batch_size,
+        batch_size=_batch_size(batch_size),
         device=device,
-        attention=attention,
+        attention=None if attention == "auto" else attention,
+        compile=compiled,
         workers=workers,
         source_kind=source_kind,
         grace=grace,
@@ -131,6 +137,15 @@ def extract(
         _print_plan(outlook, as_json)
     elif summary is not None:
         _print_summary(summary, as_json)
+
+
+def _batch_size(given: str) -> int | None:
+    if given == "auto":
+        return None
+    try:
+        return int(given)
+    except ValueError:
+        raise typer.BadParameter(f"{given!r}: expected a number of images, or auto.", param_hint="--batch-size") from None
 
 
 def _print_summary(summary: "Summary", as_json: bool) -> None:

@@ -1,25 +1,27 @@
 """From images to embeddings: the join of a source, views and a teacher that extraction, planning and auditing share."""
 
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from blake3 import blake3
 
+from pipelines.encoding import Encoder, Packed, Pending
 from sami_cache.data.images import decode_image, encode_jpeg, jpeg_size
 from sami_cache.data.sources import Source
-from sami_cache.data.views import VIEW_DRAWS, View, ViewConfig, crop_image, letterbox, random_view, valid_region
+from sami_cache.data.views import VIEW_DRAWS, View, ViewConfig, crop_image, letterbox, random_view
 from sami_cache.errors import ImageError
 from sami_cache.models.teachers import Teacher
-from sami_cache.store.commits import Sample
+from sami_cache.store.commits import OK, Sample
 from sami_cache.store.files import digest
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DECODED_AHEAD = 3
+"""Batches whose pictures are being read and decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +55,10 @@ class Embedded:
     embeddings: np.ndarray
     """float32 [n, C, grid, grid]; zeros where the sample's status is not ok."""
     jpegs: list[bytes | None]
-    seconds: float
-    """Spent in the teacher."""
 
 
-@dataclass(kw_only=True)
-class _Prepared:
-    sample: Sample
-    pixels: np.ndarray | None = None  # uint8 [h, w, 3], the teacher's input before padding
-    jpeg: bytes | None = None
+_Made = list[tuple[Sample, bytes | None]]
+"""Samples with the JPEGs of their images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +75,8 @@ class Embedder:
     images: dict[str, int] | None
     """`short_side` and `quality` of the JPEGs to make, None for none."""
     workers: int
+    compiled: str | None = None
+    """A mode of torch.compile for the teacher, None to run it as it is."""
 
     def identity(self) -> dict[str, Any]:
         """The part of a cache's identity that this decides."""
@@ -100,37 +99,46 @@ class Embedder:
     def embed(self, batches: Sequence[Sequence[int]]) -> Iterator[Embedded]:
         """Each batch of sample numbers (at most `batch_size`), in order; the next ones' images are decoded meanwhile.
 
+        On a GPU a batch is handed out while the next ones are computed there, so that what is done with it costs no time.
         What the teacher sees depends on the batch alone, and a batch keeps its shape when an image is missing from it, so
         that computing it again gives the same bits on the same machine.
         """
-        self.teacher.to(self.device)
+        launched: deque[tuple[_Made, Pending]] = deque()
         with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
-            ahead = deque(self._submit(pool, batch) for batch in batches[:3])
+            ahead = deque(self._submit(pool, batch) for batch in batches[:DECODED_AHEAD])
             try:
                 for position in range(len(batches)):
-                    prepared = [item for future in ahead.popleft() for item in future.result()]
-                    if position + 3 < len(batches):
-                        ahead.append(self._submit(pool, batches[position + 3]))
-                    start = time.perf_counter()
-                    embeddings = self._encode(prepared)
-                    yield Embedded(
-                        samples=[item.sample for item in prepared],
-                        embeddings=embeddings,
-                        jpegs=[item.jpeg for item in prepared],
-                        seconds=time.perf_counter() - start,
-                    )
+                    packed, images = ahead.popleft()
+                    made = [pair for image in images for pair in image.result()]
+                    if position + DECODED_AHEAD < len(batches):
+                        ahead.append(self._submit(pool, batches[position + DECODED_AHEAD]))
+                    launched.append((made, self.encoder.launch(packed)))
+                    if len(launched) > self.encoder.ahead:
+                        yield _embedded(*launched.popleft())
+                while launched:
+                    yield _embedded(*launched.popleft())
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _submit(self, pool: ThreadPoolExecutor, numbers: Sequence[int]) -> list[Future[list[_Prepared]]]:
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The teacher on its device, as it is run here; one, because it may have to be compiled."""
+        return Encoder(self.teacher, grid=self.grid, precision=self.precision, device=self.device, compiled=self.compiled)
+
+    def _submit(self, pool: ThreadPoolExecutor, numbers: Sequence[int]) -> tuple[Packed, list[Future[_Made]]]:
         """One task per image, so that the views of an image share its decoding."""
         views = max(1, self.mode.views)
         tasks: dict[int, list[int]] = {}
         for number in numbers:
             tasks.setdefault(number // views, []).append(number % views)
-        return [pool.submit(self._prepare, image, which) for image, which in tasks.items()]
+        packed, images, place = self.encoder.empty(self.batch_size), [], 0
+        for image, which in tasks.items():
+            images.append(pool.submit(self._prepare, image, which, packed, place))
+            place += len(which)
+        return packed, images
 
-    def _prepare(self, image: int, views: list[int]) -> list[_Prepared]:
+    def _prepare(self, image: int, views: list[int], packed: Packed, place: int) -> _Made:
+        """Read an image and pack its views' pixels from `place` on."""
         key, label = self.source.keys[image], self.source.labels[image]
         source_digest = None
         try:
@@ -139,7 +147,7 @@ class Embedder:
             picture = decode_image(data)
             jpeg = encode_jpeg(picture, **self.images) if self.images else None
         except ImageError as error:
-            return [_Prepared(sample=Sample(key=key, label=label, source=source_digest, status=str(error))) for _ in views]
+            return [(Sample(key=key, label=label, source=source_digest, status=str(error)), None) for _ in views]
         size, interpolation = self.teacher.info.image_size, self.teacher.info.interpolation
         common: dict[str, Any] = {
             "key": key,
@@ -149,33 +157,19 @@ class Embedder:
             "height": picture.height,
         }
         if not self.mode.views:
-            pixels = letterbox(picture, size, interpolation=interpolation)
-            return [_Prepared(sample=Sample(**common), pixels=pixels, jpeg=jpeg)]
-        prepared = []
-        for number in views:
+            packed.put(place, letterbox(picture, size, interpolation=interpolation))
+            return [(Sample(**common), jpeg)]
+        samples = []
+        for position, number in enumerate(views, place):
             # Drawn at the size at which students get to see the image, so that its box ends between pixels there.
             size_seen = jpeg_size(*picture.size, self.images["short_side"]) if self.images else picture.size
             view = self.mode.draw(key, number, *size_seen)
-            pixels = crop_image(picture, view, size, interpolation=interpolation)
-            sample = Sample(**common, view=[*view.box, int(view.flip)])
-            prepared.append(_Prepared(sample=sample, pixels=pixels, jpeg=jpeg))
-        return prepared
+            packed.put(position, crop_image(picture, view, size, interpolation=interpolation))
+            samples.append((Sample(**common, view=[*view.box, int(view.flip)]), jpeg))
+        return samples
 
-    @torch.inference_mode()
-    def _encode(self, prepared: list[_Prepared]) -> np.ndarray:
-        """float32 [batch_size, C, grid, grid] for up to batch_size images."""
-        size, stride = self.teacher.info.image_size, self.teacher.info.stride
-        batch = torch.zeros(self.batch_size, 3, size, size, device=self.device)
-        valid = torch.full((self.batch_size, 2), size / stride, device=self.device)
-        for index, item in enumerate(prepared):
-            if item.pixels is not None:
-                pixels = torch.from_numpy(item.pixels).to(self.device).permute(2, 0, 1)
-                height, width = pixels.shape[1:]
-                batch[index, :, :height, :width] = self.teacher.normalise(pixels)
-                valid[index] = torch.tensor([height / stride, width / stride])
-        dtype = PRECISIONS[self.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            maps = self.teacher(batch)
-        embeddings = valid_region(maps.float(), valid, self.grid).cpu().numpy()[: len(prepared)]
-        embeddings[[item.pixels is None for item in prepared]] = 0
-        return embeddings
+
+def _embedded(made: _Made, pending: Pending) -> Embedded:
+    embeddings = pending.wait()[: len(made)]
+    embeddings[[sample.status != OK for sample, _ in made]] = 0
+    return Embedded(samples=[sample for sample, _ in made], embeddings=embeddings, jpegs=[jpeg for _, jpeg in made])

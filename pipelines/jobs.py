@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 
-from pipelines.embedding import PRECISIONS, Embedder, ViewMode
+from pipelines.embedding import Embedder, ViewMode
+from pipelines.encoding import PRECISIONS
+from pipelines.tuning import compile_mode, tune
 from sami_cache import __version__
 from sami_cache.data.source import Rearranged
 from sami_cache.data.sources import Source, open_source
 from sami_cache.errors import DamageError, IdentityError, SamiCacheError
-from sami_cache.models.fast_attention import use_attention
 from sami_cache.models.teachers import load_teacher
 from sami_cache.models.weights import check_file_digest
 from sami_cache.processes import GRACE, keep_freed_memory
-from sami_cache.store.cache import Cache, choose_layout, listing_digest
+from sami_cache.store.cache import Cache, choose_layout, choose_shard_samples, listing_digest
 from sami_cache.store.codecs import CODECS, Codec
 from sami_cache.store.copying import same_codec
 from sami_cache.store.files import as_damage
@@ -59,10 +60,16 @@ class ExtractConfig:
     """A cache to take the codec and the settings left open from, so that the two can be merged as they are."""
     shard_samples: int | None = None
     batch_size: int | None = None
-    """Images the teacher sees at once. Default 8 on the CPU, 32 on a GPU. Recorded; not part of the identity."""
+    """Images the teacher sees at once. Default: 8 on the CPU, on a GPU what a measurement finds (`tuning.py`)."""
     device: str = "auto"
-    attention: str = "timm"
-    """How a SAM's attention is computed: timm, folded or flex, equal but for rounding. Recorded; not part of the identity."""
+    attention: str | None = None
+    """How a SAM's attention is computed: timm, folded or flex, equal but for rounding. Default: timm on the CPU, on a GPU the
+    fastest of them there."""
+    compile: bool | None = None
+    """Have torch.compile make kernels of the teacher; equal but for rounding. Default False.
+
+    This, `attention` and `batch_size` are recorded, are no part of the identity, and going on on the same hardware means them
+    again, so that the same bits are computed."""
     workers: int | None = None
     """Threads that read and decode images. Default: one per core, 16 at most."""
     source_kind: str | None = None
@@ -101,6 +108,8 @@ class Job:
     codec_settings: dict[str, Any]
     codec: Codec | None = None
     """Another cache's, to be used instead of a fitted one."""
+    attention: str = "timm"
+    """How the teacher's attention is computed."""
     added: int = 0
     """Images that `cache` does not have yet; they come last in `source`."""
 
@@ -126,8 +135,9 @@ class Job:
                 "weights_from": embedder.teacher.info.weights,
                 "seed": embedder.mode.seed,
                 "batch_size": embedder.batch_size,
-                "attention": self.config.attention,
-                "device": torch.cuda.get_device_name(embedder.device) if embedder.device.type == "cuda" else "cpu",
+                "attention": self.attention,
+                "compiled": embedder.compiled,
+                "device": _hardware(embedder.device),
                 "machine": platform.machine(),
                 "python": platform.python_version(),
                 "versions": {name: version(name) for name in ("torch", "timm", "numpy", "pillow", "zstandard", "pyarrow")},
@@ -152,7 +162,7 @@ def prepare_job(config: ExtractConfig) -> Job:
         raise SamiCacheError(f"codec {settings['codec']!r} is unknown; choose one of {', '.join(CODECS)}.")
     if settings["precision"] not in PRECISIONS:
         raise SamiCacheError(f"precision {settings['precision']!r} is unknown; choose one of {', '.join(PRECISIONS)}.")
-    if settings["grid"] < 1 or settings["views"] < 0 or settings["batch_size"] < 1:
+    if settings["grid"] < 1 or settings["views"] < 0 or (settings["batch_size"] or 1) < 1:
         raise SamiCacheError("--grid and --batch-size must be at least 1, --views at least 0.")
     source = open_source(config.data, kind=config.source_kind)
     added = 0
@@ -168,9 +178,23 @@ def prepare_job(config: ExtractConfig) -> Job:
         grid=settings["grid"],
         seed=settings["seed"],
     )
-    use_attention(teacher.encoder, config.attention)
     device = torch.device(settings["device"])
     keep_freed_memory()
+    samples = len(source) * max(1, settings["views"])
+    value = 2 if settings["codec"] == "float16" else 1
+    shard = choose_shard_samples(value * teacher.info.channels * settings["grid"] ** 2, samples)
+    attention, batch_size = tune(
+        teacher,
+        grid=settings["grid"],
+        precision=settings["precision"],
+        device=device,
+        attention=settings["attention"],
+        batch_size=settings["batch_size"],
+        # Batches end with their shards, and what is missing in one is computed all the same.
+        limit=existing.layout.shard_samples if existing else config.shard_samples or shard,
+    )
+    if settings["compile"] and attention == "flex" and device.type == "cpu":
+        raise SamiCacheError("--compile: torch cannot compile --attention flex for the CPU. Use --attention timm or folded.")
     embedder = Embedder(
         source=source,
         teacher=teacher,
@@ -178,12 +202,14 @@ def prepare_job(config: ExtractConfig) -> Job:
         mode=ViewMode(views=settings["views"], seed=settings["seed"]),
         precision=settings["precision"],
         device=device,
-        batch_size=settings["batch_size"],
+        batch_size=batch_size,
+        compiled=compile_mode(device, teacher.info.image_size) if settings["compile"] else None,
         images={"short_side": 256, "quality": 90} if settings["images"] else None,
         workers=config.workers or min(16, os.cpu_count() or 1),
     )
-    codec = {"name": settings["codec"], "error": settings["error"] if settings["codec"] == "pca" else None}
-    job = Job(config, source, embedder, existing, codec | {"fit_images": settings["fit_images"]}, added=added)
+    codec: dict[str, Any] = {"name": settings["codec"], "error": settings["error"] if settings["codec"] == "pca" else None}
+    codec["fit_images"] = settings["fit_images"]
+    job = Job(config, source, embedder, existing, codec, attention=attention, added=added)
     if existing:
         existing.check_identity(job.identity)
     if other:
@@ -194,7 +220,9 @@ def prepare_job(config: ExtractConfig) -> Job:
     return job
 
 
-_TYPES: dict[str, Any] = dict.fromkeys(("grid", "views", "seed", "fit_images", "batch_size"), int) | {
+_TYPES: dict[str, Any] = dict.fromkeys(("grid", "views", "seed", "fit_images"), int) | {
+    "batch_size": int | None,
+    "compile": bool,
     "image_size": int | None,
     "precision": str,
     "codec": str,
@@ -207,6 +235,8 @@ def _settings(config: ExtractConfig, existing: dict[str, Any] | None) -> dict[st
     """Each setting that was left open: the cache's, or that of the one whose codec is taken, else the default."""
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = torch.device(device).type == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise SamiCacheError(f"--device {device}: torch {torch.__version__} sees no GPU here. Use --device cpu.")
     views = config.views or 0
     defaults: dict[str, Any] = {
         "weights": None,
@@ -220,7 +250,9 @@ def _settings(config: ExtractConfig, existing: dict[str, Any] | None) -> dict[st
         "error": 0.01,
         "images": True,
         "fit_images": 256,
-        "batch_size": 32 if on_gpu else 8,
+        "batch_size": None,
+        "attention": None,
+        "compile": False,
     }
     if existing:
         identity, provenance = existing["identity"], existing["provenance"]
@@ -236,13 +268,23 @@ def _settings(config: ExtractConfig, existing: dict[str, Any] | None) -> dict[st
             "error": identity["codec"]["error"] or 0.01,
             "images": identity["images"] is not None,
             "fit_images": identity["codec"]["fit_images"],
-            "batch_size": provenance["batch_size"],
         }
+        # They decide the last bits, and those of other hardware are others anyway: there its own choice is better, or must be.
+        if provenance["device"] == _hardware(torch.device(device)):
+            defaults |= {
+                "batch_size": provenance["batch_size"],
+                "attention": provenance.get("attention"),
+                "compile": bool(provenance.get("compiled")),
+            }
     for name, value in defaults.items() if existing else ():
         if not isinstance(value, _TYPES.get(name, str | None)):
             raise TypeError(f"{name} is {value!r}")
     given = {name: getattr(config, name) for name in defaults if getattr(config, name) is not None}
     return {**defaults, **given, "device": device}
+
+
+def _hardware(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def arrange(cache: Cache, source: Source) -> tuple[Source, int]:

@@ -217,7 +217,6 @@ def _embed_sample(job: Job, order: list[int], on_progress: Callable[[Progress], 
         samples=[sample for part in parts for sample in part.samples],
         embeddings=np.concatenate([part.embeddings for part in parts]),
         jpegs=[jpeg for part in parts for jpeg in part.jpegs],
-        seconds=sum(part.seconds for part in parts),
     )
     return whole, float(np.median(seconds))  # the median, because the first batch pays for warming up
 

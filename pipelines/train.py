@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from pipelines.embedding import PRECISIONS
+from pipelines.encoding import PRECISIONS
 from pipelines.recipes import SAMI_IMAGENET
 from pipelines.running import Prepared, cadence, micro_batches, run_task
 from sami_cache.checkpoints import load_weights

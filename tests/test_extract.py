@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -251,6 +252,30 @@ def test_a_plan_from_a_sample_tells_the_final_bytes_within_5_percent(tmp_path, s
     )
 
 
+@pytest.mark.parametrize(("workers", "at_once"), [(2, 1), (8, 2), (100, 4)])
+def test_shards_are_written_beside_each_other_and_to_the_same_bits(photos, extracted, tmp_path, monkeypatch, workers, at_once):
+    """As many at a time as the workers allow: the first ones wait for each other, so that fewer would break the barrier."""
+    real, lock, seen = pipelines.extract._write, threading.Lock(), [0, 0]
+    together = threading.Barrier(at_once)
+
+    def write(cache, shard, parts):
+        with lock:
+            seen[0] += 1
+            seen[1] = max(seen)
+        if shard < at_once:
+            together.wait(timeout=60)
+        try:
+            return real(cache, shard, parts)
+        finally:
+            with lock:
+                seen[0] -= 1
+
+    monkeypatch.setattr(pipelines.extract, "_write", write)
+    found = extract(config(photos, cache=tmp_path / "cache.zarr", workers=workers))
+    assert found.root == extracted.root
+    assert seen == [0, at_once]
+
+
 def test_running_again_does_nothing(photos, extracted):
     again = extract(config(photos))
     assert (again.samples_done, again.root) == (0, extracted.root)
@@ -325,19 +350,19 @@ def test_tar_and_parquet_give_the_same_embeddings(photos, extracted, tmp_path):
 )
 def test_a_teacher_that_breaks_is_named_before_the_commit(photos, tmp_path, monkeypatch, value, says):
     """Whether its image is among those the codec is fitted on or not."""
-    real = Embedder._encode
+    real = Embedder.embed
 
-    def broken(self, prepared):
-        embeddings = real(self, prepared)
-        for index, item in enumerate(prepared):
-            if item.sample.key == "rocket/0031.jpg":
-                if value is None:
-                    embeddings[index] = 0.5
-                else:
-                    embeddings[index, 5, 1, 1] = value
-        return embeddings
+    def broken(self, batches):
+        for part in real(self, batches):
+            for sample, embedding in zip(part.samples, part.embeddings, strict=True):
+                if sample.key == "rocket/0031.jpg":
+                    if value is None:
+                        embedding[:] = 0.5
+                    else:
+                        embedding[5, 1, 1] = value
+            yield part
 
-    monkeypatch.setattr(Embedder, "_encode", broken)
+    monkeypatch.setattr(Embedder, "embed", broken)
     for fit_images in (8, 73):
         target = tmp_path / f"{fit_images}.zarr"
         with pytest.raises(SamiCacheError, match=rf"'rocket/0031.jpg' .*{says}"):

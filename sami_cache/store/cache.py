@@ -66,7 +66,7 @@ def choose_layout(codec: Codec, grid: int, samples: int, shard_samples: int | No
             f"{MAX_VALUES}. Choose a smaller grid."
         )
     chunk = min(_power_of_two(TARGET_CHUNK_BYTES / size), 64)
-    chosen = shard_samples or min(_power_of_two(TARGET_SHARD_BYTES / size), max(16, _power_of_two(samples / 8)), 4096)
+    chosen = shard_samples or choose_shard_samples(size, samples)
     try:
         layout = ShardLayout(sample_shape=shape, dtype=codec.dtype, shard_samples=chosen, chunk_samples=min(chunk, chosen))
     except ValueError as error:
@@ -74,6 +74,11 @@ def choose_layout(codec: Codec, grid: int, samples: int, shard_samples: int | No
     if samples > MAX_SHARDS * chosen:
         raise SamiCacheError(f"--shard-samples {chosen}: more than {MAX_SHARDS} shards for {samples} samples; choose more.")
     return layout
+
+
+def choose_shard_samples(size: int, samples: int) -> int:
+    """Samples a shard, a power of two, where one takes `size` bytes before compression."""
+    return min(_power_of_two(TARGET_SHARD_BYTES / size), max(16, _power_of_two(samples / 8)), 4096)
 
 
 def _power_of_two(value: float) -> int:
