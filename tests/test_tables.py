@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -45,7 +46,7 @@ def test_two_row_groups_are_held_and_each_is_decoded_once(monkeypatch: pytest.Mo
     rows, decoded = ParquetRows(Path("t.parquet"), packed(10), 100), []
     read = rows._file.read_row_group
 
-    def counted(group: int, **options: object) -> pa.Table:
+    def counted(group: int, **options: Any) -> pa.Table:
         decoded.append(group)
         return read(group, **options)
 
@@ -100,7 +101,12 @@ def test_a_verification_never_holds_the_whole_manifest(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(ParquetRows, "read", noticed)
     opened: list[Cache] = []
-    monkeypatch.setattr("sami_cache.store.integrity.Cache", lambda path: opened.append(Cache(path)) or opened[-1])
+
+    def noted(path: Path) -> Cache:
+        opened.append(Cache(path))
+        return opened[-1]
+
+    monkeypatch.setattr("sami_cache.store.integrity.Cache", noted)
     assert verify_cache(cache.path, level=level).clean
     assert whole == ["listing.parquet"]
     # Nor, all the time, the listing.
