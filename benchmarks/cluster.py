@@ -75,6 +75,8 @@ class Outcome:
     busy: float
     """Efficiency with work left."""
     killed: int
+    given_up: int
+    """Tasks of workers that Dask took for dead although nobody had killed them."""
     start_seconds: float
     """Until all workers were there: not part of `seconds`."""
     memory: int
@@ -95,8 +97,11 @@ def work(path: str, shard: int, sleep: float, log: str) -> None:
 
 
 def read_log(log: Path, killed: dict[int, float], sleep: float) -> list[dict[str, Any]]:
-    """What tasks wrote down, seconds slept filled in for those who could not. `killed`: when each process was killed."""
-    lines = []
+    """What tasks wrote down, seconds slept filled in for those who could not. `killed`: when each process was killed.
+
+    A task that neither ended nor was killed belongs to a worker that Dask took for dead: the machine let it wait.
+    """
+    lines, now = [], time.time()
     for place in log.iterdir():
         try:
             line = json.loads(place.read_text())
@@ -104,7 +109,8 @@ def read_log(log: Path, killed: dict[int, float], sleep: float) -> list[dict[str
             continue
         line["done"] = "slept" in line
         if not line["done"]:
-            line["slept"] = min(sleep, killed[line["pid"]] - line["start"])
+            line["given_up"] = line["pid"] not in killed
+            line["slept"] = min(sleep, killed.get(line["pid"], now) - line["start"])
         lines.append(line)
     return lines
 
@@ -215,6 +221,7 @@ def simulate(folder: Path, setting: Setting, seed: int = 0) -> tuple[Cache, Outc
         lost=sum(line["slept"] for line in lines if not line["done"]),
         busy=busy(lines, setting.workers, began),
         killed=len(killed),
+        given_up=sum(line.get("given_up", False) for line in lines),
         start_seconds=start_seconds,
         memory=memory,
     )
@@ -252,7 +259,7 @@ def row(setting: Setting, outcome: Outcome) -> list[str]:
         str(setting.workers),
         str(setting.shards),
         f"{setting.deaths:g}",
-        str(outcome.killed),
+        f"{outcome.killed}" + (f" (+ {outcome.given_up} taken for dead)" if outcome.given_up else ""),
         f"{ideal:.1f} s",
         f"{outcome.seconds:.1f} s",
         f"{ideal / outcome.seconds:.1%}",
