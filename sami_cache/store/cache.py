@@ -6,13 +6,11 @@ Opening and reading; `creation.py` makes one, `writing.py` commits shards and se
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from blake3 import blake3
 
 from sami_cache.errors import DamageError, IdentityError, SamiCacheError
@@ -38,6 +36,7 @@ from sami_cache.store.head import (
 )
 from sami_cache.store.images import ImageFile
 from sami_cache.store.shards import ShardFile, ShardLayout
+from sami_cache.store.tables import ParquetRows
 
 TARGET_SHARD_BYTES = 34_000_000
 TARGET_CHUNK_BYTES = 820_000
@@ -195,7 +194,7 @@ class Cache:
     def listing(self) -> pa.Table:
         """The images, in order: columns key (string) and label (int64 or null). Raises DamageError."""
         path = self.path / "listing.parquet"
-        table = _read_parquet(path, self.read_static(path.name), self.samples // max(1, self.views))
+        table = ParquetRows(path, self.read_static(path.name), self.samples // max(1, self.views)).read()
         with as_damage(path, "not a listing"):
             found = listing_digest(table["key"], table["label"])
         if found != self.attributes["listing"]:
@@ -278,13 +277,17 @@ class Cache:
                 raise ValueError("roots")
         return value
 
+    def manifest_rows(self, root: dict[str, Any]) -> ParquetRows:
+        """The table that ROOT.json names, its bytes checked, its rows not decoded yet. Raises DamageError."""
+        data = self._read_checked("manifest.parquet", FileEntry(**root["manifest"]), "that ROOT.json names")
+        rows = ParquetRows(self.path / "manifest.parquet", data, self.samples)
+        if not rows.schema.equals(TABLE_SCHEMA):
+            raise DamageError(f"{rows.path}: has other columns than a manifest")
+        return rows
+
     def manifest(self, root: dict[str, Any], columns: list[str] | None = None) -> pa.Table:
         """The table that ROOT.json names, or some of its columns. Raises DamageError."""
-        data = self._read_checked("manifest.parquet", FileEntry(**root["manifest"]), "that ROOT.json names")
-        table = _read_parquet(self.path / "manifest.parquet", data, self.samples, columns)
-        if not table.schema.equals(pa.schema([TABLE_SCHEMA.field(name) for name in columns or TABLE_SCHEMA.names])):
-            raise DamageError(f"{self.path / 'manifest.parquet'}: has other columns than a manifest")
-        return table
+        return self.manifest_rows(root).read(columns)
 
     def table(self, columns: list[str] | None = None) -> pa.Table:
         """One row a sample, columns `shard`, `record` and those of `Sample`: the manifest, or the records when unsealed.
@@ -315,18 +318,6 @@ class Cache:
                 f"{self.path}: this cache was opened before a fork. Open it again in the child, or start workers with the "
                 "'spawn' method."
             )
-
-
-def _read_parquet(path: Path, data: bytes, rows: int, columns: list[str] | None = None) -> pa.Table:
-    """The table in `data`, which must have `rows` rows: a small file can claim any number of them."""
-    try:
-        file = pq.ParquetFile(BytesIO(data))
-        if file.metadata.num_rows == rows:
-            return file.read(columns)
-        what = f"{file.metadata.num_rows} rows, expected {rows}"
-    except (pa.ArrowException, OSError) as error:
-        what = f"not a Parquet file ({error})"
-    raise DamageError(f"{path}: {what}")
 
 
 def listing_digest(keys: Sequence[str] | pa.ChunkedArray, labels: Sequence[int | None] | pa.ChunkedArray) -> str:
