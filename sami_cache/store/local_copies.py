@@ -66,6 +66,16 @@ class LocalCopies:
                 part.unlink(missing_ok=True)
                 raise
 
+    def check_room(self, cache: RemotePath, shards: int) -> None:
+        """Raise SamiCacheError unless so many shards of a cache fit: of fewer, each would be fetched again and again."""
+        sizes = [objects.sizes_below(cache / folder) for folder in ("codes", "images")]
+        largest = sum(max(files.values(), default=0) for files in sizes)
+        if shards * largest > self.limit:
+            raise SamiCacheError(
+                f"--shard-cache-size: {self.limit / 1e6:.1f} MB for local copies in {self.folder}, but {shards} shards of up "
+                f"to {largest / 1e6:.1f} MB are read at a time, in two windows. Give at least {shards * largest / 1e6:.1f} MB."
+            )
+
     def _is_whole(self, path: Path, size: int, digest: str) -> bool:
         """Whether the copy is there and right; marks it as used. To look brings it into memory, where it is wanted next."""
         hasher = xxhash.xxh3_128()
@@ -125,15 +135,6 @@ def read_copy(path: Path, offset: int, count: int) -> bytes | None:
         return os.pread(descriptor, count, offset)
     finally:
         os.close(descriptor)
-
-
-def check_room(copies: LocalCopies, largest: int, files: int) -> None:
-    """Raise SamiCacheError unless `files` shards of `largest` bytes each fit: fewer would be fetched again and again."""
-    if files * largest > copies.limit:
-        raise SamiCacheError(
-            f"--shard-cache-size: {copies.limit / 1e6:.1f} MB for local copies in {copies.folder}, but {files} shards of up to "
-            f"{largest / 1e6:.1f} MB each are read at a time, in two windows: give at least {files * largest / 1e6:.1f} MB."
-        )
 
 
 def _download(path: RemotePath, descriptor: int, size: int, digest: str) -> None:
