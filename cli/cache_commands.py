@@ -1,20 +1,27 @@
 """Commands that make and check caches: extract, verify, diff."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli.output import ProgressLine, duration, size, table
+from sami_cache.store.places import parse_place
 
 if TYPE_CHECKING:
     from pipelines.extract import Summary
     from pipelines.plan import Plan
 
 Data = Annotated[Path, typer.Option(envvar="SAMI_DATA", help="Images: a folder, tar shards (webdataset), or Parquet.")]
-CachePath = Annotated[Path, typer.Option("--cache", envvar="SAMI_CACHE", help="The cache.")]
+# typer knows no unions: what the parser returns may be a place in an object store too.
+PLACE: dict[str, Any] = {"parser": parse_place, "metavar": "PATH|URL"}
+CachePath = Annotated[
+    Path,
+    typer.Option("--cache", envvar="SAMI_CACHE", help="The cache: a folder, or s3://BUCKET/PREFIX.", **PLACE),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Workers = Annotated[int | None, typer.Option(help="Threads that read and decode images. Default: one a core, at most 16.")]
 Grace = Annotated[
@@ -61,7 +68,7 @@ def extract(
         int | None, typer.Option(min=1, help="Images that the codec is fitted on, drawn at random. Default 256, or 512 MiB.")
     ] = None,
     codec_from: Annotated[
-        Path | None, typer.Option(help="Another cache, to take the codec and the settings left out from: for `merge`.")
+        Path | None, typer.Option(help="Another cache, to take the codec and the settings left out from: for `merge`.", **PLACE)
     ] = None,
     images: Annotated[
         bool | None,
@@ -191,7 +198,6 @@ def _clipped(summary: "Summary") -> str:
 
 
 def _print_plan(outlook: "Plan", as_json: bool) -> None:
-    room = outlook.free_bytes - outlook.remaining_bytes
     if as_json:
         values = {
             "images": outlook.images,
@@ -199,8 +205,8 @@ def _print_plan(outlook: "Plan", as_json: bool) -> None:
             "remaining": outlook.remaining,
             "bytes": round(outlook.total_bytes),
             "bytes_per_sample": outlook.bytes_per_sample,
-            "free_bytes": outlook.free_bytes,
-            "fits": room > 0,
+            "free_bytes": outlook.free_bytes if math.isfinite(outlook.free_bytes) else None,
+            "fits": outlook.free_bytes > outlook.remaining_bytes,
             "seconds_per_sample": outlook.seconds_per_sample,
             "hours": outlook.hours,
             "identity": outlook.identity,
@@ -215,11 +221,18 @@ def _print_plan(outlook: "Plan", as_json: bool) -> None:
             f"{size(outlook.total_bytes)}: {size(outlook.bytes_per_sample)} a sample (codes {size(outlook.code_bytes)}, image "
             f"{size(outlook.image_bytes)}; {codec.kept} of {codec.channels * codec.block**2} coefficients kept, {codec.dtype})",
         ),
-        ("disk", f"{size(outlook.free_bytes)} free, {size(room)} afterwards" if room > 0 else f"{size(-room)} too little"),
+        ("disk", _room(outlook)),
         ("teacher", f"{outlook.seconds_per_sample:.3f} s a sample on this machine, measured"),
         ("time", duration(outlook.hours * 3600)),
     ]
     typer.echo(table(rows))
+
+
+def _room(outlook: "Plan") -> str:
+    room = outlook.free_bytes - outlook.remaining_bytes
+    if math.isinf(room):
+        return "an object store, which has no end"
+    return f"{size(outlook.free_bytes)} free, {size(room)} afterwards" if room > 0 else f"{size(-room)} too little"
 
 
 def verify(
@@ -313,8 +326,8 @@ def verify(
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(help="One cache.")],
-    b: Annotated[Path, typer.Argument(help="The other.")],
+    a: Annotated[Path, typer.Argument(help="One cache.", **PLACE)],
+    b: Annotated[Path, typer.Argument(help="The other.", **PLACE)],
     as_json: AsJson = False,
 ) -> None:
     """Compare two caches: settings, samples, embeddings. Exits with 0 if they hold the same, else 1."""

@@ -7,7 +7,7 @@ import typer
 
 from cli import finetune_classification_command, finetune_detection_command, finetune_semantic_command
 from cli import finetune_options as options
-from cli.cache_commands import Device, Grace, Workers
+from cli.cache_commands import PLACE, Device, Grace, Workers
 from cli.evaluate_commands import evaluate_app
 from cli.output import TrainingLines, duration
 from pipelines.recipes import EFFICIENTSAM_SA1B as SA1B
@@ -40,7 +40,7 @@ def promptable(
     val: Annotated[Path | None, typer.Option(help="What to evaluate on, like --data.")] = None,
     val_images: Annotated[Path | None, typer.Option(help="Its pictures. Default: --images.")] = None,
     from_cache: Annotated[
-        Path | None, typer.Option(help="Teach the encoder alone, from a dense cache of SAM's neck (MobileSAM's way).")
+        Path | None, typer.Option(help="Teach the encoder alone, from a dense cache of SAM's neck (MobileSAM's way).", **PLACE)
     ] = None,
     init: Annotated[
         Path | None,

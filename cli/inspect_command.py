@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.cache_commands import AsJson, Device
+from cli.cache_commands import PLACE, AsJson, Device
 from cli.output import size, table
 from sami_cache.errors import SamiCacheError, one_line
 
@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    cache: Annotated[Path, typer.Argument(envvar="SAMI_CACHE", help="The cache.")] = Path("cache.zarr"),
+    cache: Annotated[Path, typer.Argument(envvar="SAMI_CACHE", help="The cache.", **PLACE)] = Path("cache.zarr"),
     report: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Write a page too: plots, and a gallery of what was lost.")
     ] = None,

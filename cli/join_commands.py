@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.cache_commands import AsJson, CachePath, Grace
+from cli.cache_commands import PLACE, AsJson, CachePath, Grace
 from cli.output import ProgressLine, duration, size, table
 
 if TYPE_CHECKING:
     from pipelines.joining import Joined
 
-Out = Annotated[Path, typer.Option("--out", help="The cache to make. Interrupted, the same command goes on with it.")]
+Out = Annotated[Path, typer.Option("--out", help="The cache to make. Interrupted, the same command goes on with it.", **PLACE)]
 
 
 def register(app: typer.Typer) -> None:
@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 
 def merge(
-    caches: Annotated[list[Path], typer.Argument(help="Sealed caches, extracted with the same settings.")],
+    caches: Annotated[list[Path], typer.Argument(help="Sealed caches, extracted with the same settings.", **PLACE)],
     out: Out,
     recode: Annotated[
         bool, typer.Option("--recode", help="Where codecs differ: decode, and encode again under the first cache's codec.")

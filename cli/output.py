@@ -1,9 +1,12 @@
 """What commands print: progress on standard error, results on standard output."""
 
+import re
 import sys
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+from sami_cache.errors import SamiCacheError
 
 if TYPE_CHECKING:
     from pipelines.jobs import Progress
@@ -25,6 +28,14 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes from `50GB`, `800 MB` or a number. Raises SamiCacheError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|B|KB|MB|GB|TB)\s*", text, re.IGNORECASE)
+    if match is None:
+        raise SamiCacheError(f"{option} {text}: expected a number of bytes, such as 800MB or 50GB.")
+    return int(float(match[1]) * {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[match[2].upper()])
 
 
 def duration(seconds: float) -> str:

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from cli.cache_commands import Device, Grace, WeightsDigest, Workers
-from cli.output import TrainingLines, duration, size
+from cli.cache_commands import PLACE, CachePath, Device, Grace, WeightsDigest, Workers
+from cli.output import TrainingLines, duration, parse_size, size
 
 
 def register(app: typer.Typer) -> None:
@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 def train(
     student: Annotated[str, typer.Option(help="vit_t, vit_s or vit_b.")] = "vit_s",
-    cache: Annotated[Path, typer.Option(envvar="SAMI_CACHE", help="The cache to train from.")] = Path("cache.zarr"),
+    cache: CachePath = Path("cache.zarr"),
     run: Annotated[
         Path | None,
         typer.Option(
@@ -81,6 +81,13 @@ def train(
     data_timeout: Annotated[
         float, typer.Option(min=0.1, max=86400, help="Seconds without any progress in reading after which the run stops.")
     ] = 60.0,
+    shard_cache: Annotated[
+        Path | None,
+        typer.Option(help="For a cache in an object store: keeps local copies of its shards. Default: in ~/.cache/sami-cache."),
+    ] = None,
+    shard_cache_size: Annotated[
+        str, typer.Option(help="What they may take; the longest unused make way. 16 shards must fit.")
+    ] = "50GB",
 ) -> None:
     """Pretrain a student from a cache (SAMI), from pixels (MAE), or with the teacher online.
 
@@ -130,6 +137,8 @@ def train(
         evaluate_every=evaluate_every,
         grace=grace,
         data_timeout=data_timeout,
+        shard_cache=shard_cache,
+        shard_cache_bytes=parse_size(shard_cache_size, "--shard-cache-size"),
         resume=resume,
         init=init,
     )
@@ -199,7 +208,7 @@ def export(
 
 def report(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    cache: Annotated[Path | None, typer.Option(help="The cache. Default: the one the run was trained from.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="The cache. Default: the one the run was trained from.", **PLACE)] = None,
     data: Annotated[Path | None, typer.Option(help="The images, for caches without them.")] = None,
     images: Annotated[int, typer.Option(help="Held-out images to show.")] = 6,
     device: Device = "auto",

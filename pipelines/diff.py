@@ -1,13 +1,13 @@
 """Two caches compared: what they were made with, which samples they hold, and by how much the embeddings differ."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sami_cache.store.cache import Cache
 from sami_cache.store.head import identity_difference
+from sami_cache.store.places import AnyPath
 
 MEASURED = 256  # differing samples that are decoded to say by how much
 
@@ -35,7 +35,7 @@ class Difference:
         return self.same_root or not (self.settings or self.only_a or self.only_b or self.changed)
 
 
-def diff_caches(path_a: Path, path_b: Path) -> Difference:
+def diff_caches(path_a: AnyPath, path_b: AnyPath) -> Difference:
     """Compare two caches, sealed or not. Raises SamiCacheError where there is none, DamageError if one is damaged."""
     a, b = Cache(path_a), Cache(path_b)
     root_a, root_b = a.root(), b.root()

@@ -21,6 +21,8 @@ from sami_cache.processes import Interrupted, StopSignal
 from sami_cache.store.cache import Cache
 from sami_cache.store.commits import OK
 from sami_cache.store.creation import create_cache
+from sami_cache.store.files import size_of
+from sami_cache.store.places import AnyPath, local_only
 from sami_cache.store.writing import Commit, seal_cache, write_shard
 
 
@@ -28,7 +30,7 @@ from sami_cache.store.writing import Commit, seal_cache, write_shard
 class Summary:
     """What an extraction did."""
 
-    cache: Path
+    cache: AnyPath
     root: dict[str, Any]
     samples_done: int
     """By this run; 0 when there was nothing left to do."""
@@ -77,6 +79,8 @@ def extract(config: ExtractConfig, on_progress: Callable[[Progress], None] = lam
             check_space(outlook, config.cache)
             job.cache = create_cache(config.cache, **job.head(outlook.codec))
         cache = job.cache
+        if job.added:
+            local_only(config.cache, f"{job.added} images were added, and to grow a cache")
         grown = growing.grow(job, cache, on_progress, stop) if job.added else 0
         cache = Cache(growing.growing_place(job)) if job.added else cache
         committed = set(cache.committed())
@@ -145,7 +149,7 @@ def run_shards(
             fresh += count
             progress.done += count
             progress.bytes += sum(entry.size for entry in commit.record.files.values())
-            progress.bytes += cache.record_path(commit.record.shard).stat().st_size
+            progress.bytes += size_of(cache.record_path(commit.record.shard))
             progress.failures += sum(sample.status != OK for sample in commit.record.samples)
             progress.per_second = fresh / (time.perf_counter() - started)
             progress.eta_seconds = (progress.total - progress.done) / progress.per_second

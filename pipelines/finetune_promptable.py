@@ -24,6 +24,7 @@ from sami_cache.processes import rank_and_world
 from sami_cache.prompts import PromptConfig, first_prompts, learnable
 from sami_cache.steps import PictureSteps
 from sami_cache.store.cache import Cache
+from sami_cache.store.places import AnyPath
 from sami_cache.tasks.neck import EncoderOf, NeckSamples, NeckTask
 from sami_cache.tasks.promptable import PromptableTask, RoundsConfig, trained
 
@@ -43,7 +44,7 @@ class PromptableTrainingConfig(RunOptions):
     """Annotations to evaluate on; None: none."""
     val_images: Path | None = None
     """By default `images`."""
-    from_cache: Path | None = None
+    from_cache: AnyPath | None = None
     """Train the encoder alone, on a cache of SAM's embeddings."""
     init: Path | None = None
     """Where the weights start: a run of `train` or of this, or a checkpoint; None: nowhere."""

@@ -20,12 +20,13 @@ from sami_cache.store.commits import OK
 from sami_cache.store.copying import Place, copy_shard, gather
 from sami_cache.store.creation import create_cache
 from sami_cache.store.files import fsync_directory
+from sami_cache.store.places import AnyPath, RemotePath, local_only
 from sami_cache.store.writing import check_embeddings, complete_samples, write_codes
 
 
 def growing_place(job: Job) -> Path:
     """Where the grown cache of a job is built."""
-    path = job.config.cache
+    path = local_only(job.config.cache, "to grow a cache")
     return path.with_name(f".{path.name}.growing-{listing_digest(job.source.keys, job.source.labels)[:12]}")
 
 
@@ -72,11 +73,13 @@ def _fill_up(job: Job, new: Cache, shard: int, places: list[Place], numbers: ran
     return len(samples)
 
 
-def settle(path: Path) -> Path | None:
+def settle(path: AnyPath) -> Path | None:
     """Put a grown and sealed cache in the place of `path`; returns where the old one is now, None if none had grown.
 
     Two renames: what is killed between them leaves no cache at `path`, and the next call finishes.
     """
+    if isinstance(path, RemotePath):
+        return None
     for new in sorted(path.parent.glob(f".{glob.escape(path.name)}.growing-*")) if path.parent.is_dir() else ():
         if (new / "ROOT.json").exists() and (grown := Cache(new)).root() is not None:
             before = _before(path, str(grown.attributes["provenance"]["grown_from"]["cache_id"]))

@@ -3,10 +3,8 @@
 A million samples are columns of numbers here: only the keys that are shown become Python objects.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +14,9 @@ import pyarrow.compute as pc
 from sami_cache.errors import DamageError
 from sami_cache.store.cache import Cache
 from sami_cache.store.commits import OK, samples_table
-from sami_cache.store.files import as_damage
+from sami_cache.store.files import ASIDE, as_damage, sizes_below
 from sami_cache.store.head import HEAD
+from sami_cache.store.places import AnyPath
 
 COLUMNS = ["key", "status", "error", "energy", "clipped"]
 WORST = 5
@@ -52,7 +51,7 @@ class Measured:
         return self.keys.take(pa.array(rows, pa.int64())).to_pylist()
 
 
-def inspect_cache(path: Path) -> dict[str, Any]:
+def inspect_cache(path: AnyPath) -> dict[str, Any]:
     """A summary of the cache at `path`, ready for JSON. Raises SamiCacheError where there is none, DamageError if damaged."""
     cache = Cache(path)
     return summarise(cache, measure(cache))
@@ -163,21 +162,15 @@ def _codes(cache: Cache) -> dict[str, Any]:
 
 def _bytes(cache: Cache, committed: list[int], usable: float) -> dict[str, Any]:
     """Sizes of files by what they hold, in all and for each of `usable` samples."""
-    folders: dict[str, dict[str, int]] = {}
-    for folder in ("", *(entry.name for entry in os.scandir(cache.path) if entry.is_dir(follow_symlinks=False))):
-        if folder not in ("tmp", "quarantine"):
-            entries = [entry for entry in os.scandir(cache.path / folder) if entry.is_file(follow_symlinks=False)]
-            folders[folder] = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries}
+    there = {name: size for name, size in sizes_below(cache.path).items() if not name.startswith(ASIDE)}
     parts, missing = {"codes": 0, "images": 0}, 0
     for shard in committed:  # what lies there without a record is no data
         for name in cache.shard_files(shard):
-            folder, _, file = name.partition("/")
-            size = folders.get(folder, {}).get(file)
-            missing += size is None
-            parts[folder] += size or 0
-    seals = sum(folders[""].get(name, 0) for name in ("manifest.parquet", "ROOT.json"))
-    records = sum(folders.get("commits", {}).values()) + seals
-    total = sum(sum(files.values()) for files in folders.values())
+            missing += name not in there
+            parts[name.partition("/")[0]] += there.get(name, 0)
+    seals = sum(there.get(name, 0) for name in ("manifest.parquet", "ROOT.json"))
+    records = sum(size for name, size in there.items() if name.startswith("commits/")) + seals
+    total = sum(there.values())
     float16 = 2 * cache.attributes["codec"]["channels"] * cache.grid**2
     count = usable or np.nan
     each = {

@@ -26,6 +26,7 @@ from sami_cache.report import pca_rgb
 from sami_cache.store.cache import Cache
 from sami_cache.store.commits import OK, Sample
 from sami_cache.store.files import as_damage, digest, disk_full_as_error, write_durably
+from sami_cache.store.places import AnyPath
 
 EACH = 3
 """Samples a kind in the gallery: the worst, median ones, and some drawn by their keys."""
@@ -37,7 +38,7 @@ BLOCK = 65536
 class PageConfig:
     """A page, and what it may use beside the cache."""
 
-    cache: Path
+    cache: AnyPath
     page: Path
     """An .html file; one that is there is replaced."""
     data: Path | None = None

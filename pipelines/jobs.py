@@ -23,8 +23,10 @@ from sami_cache.processes import GRACE, keep_freed_memory
 from sami_cache.store.cache import Cache, choose_layout, choose_shard_samples, listing_digest
 from sami_cache.store.codecs import CODECS, Codec
 from sami_cache.store.copying import same_codec
+from sami_cache.store.creation import is_free
 from sami_cache.store.files import as_damage
 from sami_cache.store.head import HEAD, is_cache
+from sami_cache.store.places import AnyPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,7 @@ class ExtractConfig:
     """What to extract. None means: what the cache says if there is one, else the default named in the field's text."""
 
     data: Path
-    cache: Path
+    cache: AnyPath
     teacher: str
     weights: str | None = None
     weights_sha256: str | None = None
@@ -56,7 +58,7 @@ class ExtractConfig:
     """Keep a JPEG of each image (short side 256) in the cache. Default True."""
     fit_images: int | None = None
     """Images the codec is fitted on. Default 256, fewer when their embeddings exceed 512 MiB."""
-    codec_from: Path | None = None
+    codec_from: AnyPath | None = None
     """A cache to take the codec and the settings left open from, so that the two can be merged as they are."""
     shard_samples: int | None = None
     batch_size: int | None = None
@@ -152,7 +154,7 @@ def prepare_job(config: ExtractConfig) -> Job:
     The source has the cache's images in the cache's order, then those that were added since (`Job.added`).
     """
     existing = Cache(config.cache) if is_cache(config.cache) else None
-    if existing is None and config.cache.exists() and (not config.cache.is_dir() or any(config.cache.iterdir())):
+    if existing is None and not is_free(config.cache):
         raise SamiCacheError(f"{config.cache}: exists and is not a cache. Give another --cache, or move it away.")
     other = Cache(config.codec_from) if config.codec_from is not None else None
     model = existing or other
@@ -323,5 +325,5 @@ def arrange(cache: Cache, source: Source) -> tuple[Source, int]:
     )
 
 
-def how_to_go_on(cache: Path) -> str:
+def how_to_go_on(cache: AnyPath) -> str:
     return f"interrupted: what was committed to {cache} stays; run the same command again to go on."

@@ -18,6 +18,7 @@ from sami_cache.store.commits import OK
 from sami_cache.store.copying import Place, copy_shard, same_codec
 from sami_cache.store.creation import create_cache
 from sami_cache.store.head import identity_difference
+from sami_cache.store.places import AnyPath, local_only
 from sami_cache.store.writing import seal_cache
 
 
@@ -25,7 +26,7 @@ from sami_cache.store.writing import seal_cache
 class Joined:
     """What came of joining."""
 
-    cache: Path
+    cache: AnyPath
     root: dict[str, Any]
     linked: int
     """Shards whose files are another cache's, not written again."""
@@ -218,7 +219,8 @@ def _make(
     )
 
 
-def _open_sealed(path: Path, out: Path) -> Cache:
+def _open_sealed(place: AnyPath, new: AnyPath) -> Cache:
+    path, out = local_only(place, "to join caches"), local_only(new, "to join caches")
     cache = Cache(path)
     if out.exists() and out.resolve() == path.resolve():
         raise SamiCacheError(f"{out}: is one of the caches to read from; give another --out")

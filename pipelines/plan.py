@@ -1,11 +1,11 @@
 """What an extraction will take, measured on a sample of the images before anything is written."""
 
+import math
 import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from sami_cache.store.creation import static_files
 from sami_cache.store.files import digest
 from sami_cache.store.fitting import fit_codec
 from sami_cache.store.images import locate_images, pack_images
+from sami_cache.store.places import AnyPath, RemotePath
 from sami_cache.store.shards import ShardLayout, pack_shard
 from sami_cache.store.writing import check_embeddings, complete_samples, pack_manifest
 
@@ -48,7 +49,7 @@ class Plan:
     there: float
     """Bytes that are on disk already, or that creation writes."""
     seconds_per_sample: float
-    free_bytes: int
+    free_bytes: float
     codec: Codec
     identity: dict[str, Any]
 
@@ -221,13 +222,16 @@ def _embed_sample(job: Job, order: list[int], on_progress: Callable[[Progress], 
     return whole, float(np.median(seconds))  # the median, because the first batch pays for warming up
 
 
-def free_space(path: Path) -> int:
+def free_space(path: AnyPath) -> float:
+    """Bytes; infinite in an object store."""
+    if isinstance(path, RemotePath):
+        return math.inf
     while not path.exists():
         path = path.absolute().parent
     return shutil.disk_usage(path).free
 
 
-def check_space(outlook: Plan, cache: Path) -> None:
+def check_space(outlook: Plan, cache: AnyPath) -> None:
     needed = outlook.remaining_bytes + RESERVE_BYTES
     if needed > outlook.free_bytes:
         raise DiskFullError(

@@ -20,6 +20,7 @@ from sami_cache.errors import DamageError, IdentityError, SamiCacheError
 from sami_cache.loader import Batch, Loader
 from sami_cache.processes import distributed
 from sami_cache.report import Row, loss_figure, pca_rgb, reconstruction_figure
+from sami_cache.store.places import AnyPath, parse_place
 from sami_cache.tasks.sami import IMAGENET_MEAN, IMAGENET_STD, SAMITask
 
 TITLES = {
@@ -67,7 +68,7 @@ class ReportResult:
 
 
 def report(
-    run: Path, *, cache: Path | None = None, data: Path | None = None, images: int = 6, device: str = "auto"
+    run: Path, *, cache: AnyPath | None = None, data: Path | None = None, images: int = 6, device: str = "auto"
 ) -> ReportResult:
     """Write RUN/report/report.html (self-contained), loss.png and reconstruction.png from the newest intact checkpoint.
 
@@ -127,10 +128,10 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _rebuild(run: Path, checkpoint: Checkpoint, cache: Path | None, data: Path | None, device: torch.device) -> SAMITask:
+def _rebuild(run: Path, checkpoint: Checkpoint, cache: AnyPath | None, data: Path | None, device: torch.device) -> SAMITask:
     """The run's task as it was configured, on the same split, with the checkpoint's weights, in evaluation mode."""
     saved, places, online = checkpoint.config, checkpoint.config["places"], checkpoint.config["teacher_online"] or {}
-    cache = cache or (Path(places["cache"]) if places["cache"] else None)
+    cache = cache or (parse_place(places["cache"]) if places["cache"] else None)
     data = data or (Path(places["data"]) if places["data"] else None)
     prepared = prepare(
         TrainingConfig(

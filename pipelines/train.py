@@ -23,6 +23,8 @@ from sami_cache.order import split_held_out
 from sami_cache.processes import GRACE, rank_and_world
 from sami_cache.samples import CacheSamples, Samples, SourceSamples
 from sami_cache.store.cache import Cache
+from sami_cache.store.local_copies import DEFAULT_BYTES, LocalCopies, default_folder
+from sami_cache.store.places import AnyPath, RemotePath
 from sami_cache.tasks.sami import CacheTargets, OnlineTargets, PixelTargets, SAMIConfig, SAMITask, Target
 from sami_cache.training import TrainConfig
 
@@ -34,7 +36,7 @@ class TrainingConfig:
     """A pretraining run. None means: decided from the cache and the recipe; the resolved values are saved with the run."""
 
     run: Path
-    cache: Path | None = None
+    cache: AnyPath | None = None
     """Where the samples come from; None only with `teacher_online` or target pixels."""
     data: Path | None = None
     """The images themselves: for caches without images, and for training without a cache."""
@@ -82,6 +84,10 @@ class TrainingConfig:
     """Seconds that the step in hand and its checkpoint may take after SIGTERM or SIGINT."""
     data_timeout: float = 60.0
     """Seconds without any progress in reading after which the run stops with an error."""
+    shard_cache: Path | None = None
+    """Where local copies of the shards of a cache in an object store are kept. Default: below the user's cache folder."""
+    shard_cache_bytes: int = DEFAULT_BYTES
+    """What they may take."""
     resume: bool = False
     """Continue the run in `run`."""
     init: Path | None = None
@@ -189,6 +195,10 @@ def _samples(config: TrainingConfig) -> tuple[Samples, Cache | None]:
             raise SamiCacheError("there is nothing to train from: give --cache, or --data with --teacher-online (or pixels).")
         return SourceSamples(open_source(config.data)), None
     cache = Cache(config.cache)
+    if isinstance(cache.path, RemotePath):
+        copies = LocalCopies(config.shard_cache or default_folder(), config.shard_cache_bytes)
+        copies.check_room(cache.path, min(cache.shards, 2 * LoaderConfig.open_shards))
+        cache.path = replace(cache.path, copies=copies)
     if config.teacher_online and cache.views:
         raise SamiCacheError(
             f"{cache.path} holds recorded views, and a teacher online sees new ones: take the images themselves (--no-cache "

@@ -14,9 +14,10 @@ from sami_cache.data.sources import Source, open_source
 from sami_cache.errors import DamageError, SamiCacheError
 from sami_cache.store.cache import Cache
 from sami_cache.store.commits import OK, Sample
-from sami_cache.store.files import as_damage, disk_full_as_error, move_aside
+from sami_cache.store.files import as_damage, disk_full_as_error, move_aside, stamp_of
 from sami_cache.store.head import HEAD, STATIC_FILES
 from sami_cache.store.integrity import Finding, Report, verify_cache
+from sami_cache.store.places import AnyPath
 from sami_cache.store.repair import quarantine_shard, restore_static
 from sami_cache.store.spare import SPARE
 from sami_cache.store.writing import seal_cache
@@ -32,7 +33,7 @@ AUDIT_TOLERANCE = 0.005
 class VerifyConfig:
     """What to check, beyond the bytes."""
 
-    cache: Path
+    cache: AnyPath
     level: str = "default"
     root: str | None = None
     """The root that the cache must have, noted when it was made."""
@@ -218,9 +219,9 @@ def _repair(config: VerifyConfig, result: Verification, on_extract: "Callable[[P
         if report.damaged_shards:
             _extract_again(config, cache, report.damaged_shards, result, on_extract, stop)
         seals = [cache.path / name for name in ("manifest.parquet", "ROOT.json")]
-        sealed = [path.stat().st_ino if path.is_file() else None for path in seals]
+        sealed = [stamp_of(path) for path in seals]
         seal_cache(cache)
-        return bool(report.damaged_shards) or sealed != [path.stat().st_ino for path in seals]
+        return bool(report.damaged_shards) or sealed != [stamp_of(path) for path in seals]
 
 
 def _extract_again(

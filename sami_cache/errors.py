@@ -37,6 +37,10 @@ class DiskFullError(SamiCacheError):
     exit_code = 3
 
 
+class StoreError(SamiCacheError):
+    """An object store refuses, or does not answer in time. It says nothing about what is stored there."""
+
+
 class Interrupted(BaseException):
     """A signal stopped the run. `exit_code` is 128 + the signal's number: 143 for SIGTERM, 130 for Ctrl-C.
 

@@ -111,6 +111,7 @@ class CacheSamples:
             )
         return _Known(
             sizes=[record.files[name].size for name in self.cache.shard_files(shard)],
+            digests=[record.files[name].xxh3_128 for name in self.cache.shard_files(shard)],
             checksums=record.chunk_crc32c,
             jpegs=np.array([sample.jpeg or (0, 0, 0) for sample in record.samples]),
             views=None if self.whole else np.array([sample.view or (0, 0, 1, 1, 0) for sample in record.samples]),
@@ -136,6 +137,8 @@ class _Known:
 
     sizes: list[int]
     """Of the shard's files."""
+    digests: list[str]
+    """XXH3-128 of them."""
     checksums: list[int]
     """Of the chunks."""
     jpegs: np.ndarray
@@ -155,9 +158,9 @@ class _CacheShard:
         self._images = ImageFile(paths[1], known.sizes[1]) if cache.has_images else None
 
     def expect(self, *, images: bool) -> None:
-        self._codes.expect()
+        self._codes.expect(self._known.digests[0])
         if self._images and images:
-            self._images.expect()
+            self._images.expect(self._known.digests[1])
 
     def read_codes(self, chunk: int, wanted: Mapping[int, np.ndarray]) -> None:
         self._codes.read_chunk(chunk, wanted)

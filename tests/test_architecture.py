@@ -22,7 +22,7 @@ ALLOWED = {
 }
 # Beyond the standard library.
 FOREIGN = {
-    "sami_cache.store": {"blake3", "google_crc32c", "numpy", "pyarrow", "xxhash", "zstandard"},
+    "sami_cache.store": {"blake3", "google_crc32c", "numpy", "obstore", "pyarrow", "xxhash", "zstandard"},
     "sami_cache.data": {"blake3", "faster_coco_eval", "numpy", "PIL", "pyarrow", "simplejpeg", "torch"},
 }
 # Costly to import, and not needed by every command: they must not be loaded to show a help text.

@@ -6,7 +6,6 @@ Opening and reading; `creation.py` makes one, `writing.py` commits shards and se
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,16 @@ from sami_cache.errors import DamageError, IdentityError, SamiCacheError
 from sami_cache.store.codecs import CODECS, Codec
 from sami_cache.store.commits import TABLE_SCHEMA, FileEntry, Outline, Record, outline_record, parse_record, samples_table
 from sami_cache.store.files import (
+    ASIDE,
     as_damage,
     canonical_json,
     digest,
+    exists,
+    names_in,
     parse_sealed_json,
     read_file,
     reading,
+    sizes_below,
 )
 from sami_cache.store.head import (
     ESSENCE,
@@ -35,6 +38,7 @@ from sami_cache.store.head import (
     read_attributes,
 )
 from sami_cache.store.images import ImageFile
+from sami_cache.store.places import AnyPath, parse_place
 from sami_cache.store.shards import ShardFile, ShardLayout
 from sami_cache.store.tables import ParquetRows
 
@@ -87,9 +91,12 @@ def _power_of_two(value: float) -> int:
 class Cache:
     """An opened cache. Cheap to open: nothing that grows with the number of samples is read until it is asked for."""
 
-    def __init__(self, path: Path | str) -> None:
-        """Open `path`. Raises SamiCacheError where there is no cache, DamageError where its head is not what was written."""
-        self.path = Path(path)
+    def __init__(self, path: AnyPath | str) -> None:
+        """Open `path`, a folder or a URL.
+
+        Raises SamiCacheError where there is no cache, DamageError where its head is not what was written.
+        """
+        self.path = parse_place(path)
         self.attributes = read_attributes(self.path)
         with as_damage(self.path / "zarr.json", "not the head of a cache"):
             layout, codec = self.attributes["layout"], self.attributes["codec"]
@@ -136,13 +143,17 @@ class Cache:
         files = [f"codes/{self.layout.file_name(shard)}"]
         return [*files, f"images/{shard:06d}.arrow"] if self.has_images else files
 
-    def record_path(self, shard: int) -> Path:
-        return self.path / "commits" / f"{shard:06d}.json"
+    def record_name(self, shard: int) -> str:
+        """The file of a shard's commit record, relative to the cache."""
+        return f"commits/{shard:06d}.json"
+
+    def record_path(self, shard: int) -> AnyPath:
+        return self.path / self.record_name(shard)
 
     def committed(self) -> list[int]:
         """The shards that have a commit record, in order."""
         with reading(self.path / "commits"):
-            names = set(os.listdir(self.path / "commits"))
+            names = names_in(self.path / "commits")
         numbers = (int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
         return sorted(shard for shard in numbers if shard < self.shards and self.record_path(shard).name in names)
 
@@ -254,17 +265,13 @@ class Cache:
 
     def size_on_disk(self) -> int:
         """Bytes of all files of the cache, quarantine and temporary files left out."""
-        folders = [
-            self.path,
-            *(path for path in self.path.iterdir() if path.is_dir() and path.name not in ("tmp", "quarantine")),
-        ]
-        entries = (entry for folder in folders for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False))
-        return sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
+        sizes = sizes_below(self.path)
+        return sum(size for name, size in sizes.items() if not name.startswith(ASIDE))
 
     def root(self) -> dict[str, Any] | None:
         """What ROOT.json holds, None if the cache is not sealed. Raises DamageError."""
         path = self.path / "ROOT.json"
-        if not os.path.lexists(path):
+        if not exists(path):
             return None
         value = parse_sealed_json(read_file(path), path)
         if value.get("cache_id") != self.cache_id:

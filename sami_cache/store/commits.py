@@ -8,7 +8,6 @@ write the same records.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +16,7 @@ from blake3 import blake3
 
 from sami_cache.errors import DamageError
 from sami_cache.store.files import as_damage, canonical_json, check_seal, digest, parse_sealed_json, seal
+from sami_cache.store.places import AnyPath
 
 OK = "ok"
 
@@ -129,7 +129,7 @@ def record_bytes(record: Record) -> bytes:
     return canonical_json(seal(value))
 
 
-def parse_record(data: bytes, path: Path | str, *, cache_id: str, shard: int) -> Record:
+def parse_record(data: bytes, path: AnyPath | str, *, cache_id: str, shard: int) -> Record:
     """Read a record. Raises DamageError if it is damaged, or is another cache's or another shard's."""
     value = parse_sealed_json(data, path)
     _check_owner(value, path, cache_id, shard)
@@ -163,7 +163,7 @@ class Outline:
     statuses: list[str]
 
 
-def outline_record(data: bytes, path: Path | str, *, cache_id: str, shard: int) -> Outline:
+def outline_record(data: bytes, path: AnyPath | str, *, cache_id: str, shard: int) -> Outline:
     """Read the parts of a record that bind its files. Raises DamageError if a byte is not as it was sealed."""
     check_seal(data, path)
     with as_damage(path, "not a commit record of this format"):
@@ -192,7 +192,7 @@ def _check_digest(text: str) -> None:
         raise ValueError(f"digest {text!r}")
 
 
-def _check_owner(value: dict[str, Any], path: Path | str, cache_id: str, shard: int) -> None:
+def _check_owner(value: dict[str, Any], path: AnyPath | str, cache_id: str, shard: int) -> None:
     for name, expected in (("cache_id", cache_id), ("shard", shard)):
         if value.get(name) != expected:
             raise DamageError(f"{path}: {name} is {value.get(name)!r}, expected {expected!r}. The file belongs elsewhere.")

@@ -14,6 +14,7 @@ from sami_cache.errors import DamageError
 from sami_cache.store.cache import Cache
 from sami_cache.store.commits import OK, Sample, record_bytes
 from sami_cache.store.files import fsync_directory, hash_file, publish
+from sami_cache.store.places import local_only
 from sami_cache.store.shards import crc32c
 from sami_cache.store.writing import write_codes
 
@@ -147,13 +148,14 @@ def _link(cache: Cache, shard: int, places: Sequence[Place]) -> bool:
 
 def _link_file(source: Cache, old: str, cache: Cache, new: str) -> bool:
     """Make file `new` of `cache` be `old` of `source`. False if the name is taken."""
+    theirs, ours = local_only(source.path, "to join caches") / old, local_only(cache.path, "to join caches") / new
     try:
-        os.link(source.path / old, cache.path / new)
+        os.link(theirs, ours)
     except FileExistsError:
         return False
     except OSError as error:
         if error.errno not in _OTHER_DISK:
             raise
-        return publish(cache.path / new, (source.path / old).read_bytes(), cache.path / "tmp")
-    fsync_directory((cache.path / new).parent)
+        return publish(ours, theirs.read_bytes(), cache.path / "tmp")
+    fsync_directory(ours.parent)
     return True

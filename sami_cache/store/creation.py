@@ -1,4 +1,9 @@
-"""Creating a cache: complete or not at all, and of several creators the first one's."""
+"""Creating a cache: complete or not at all, and of several creators the first one's.
+
+A folder is built beside its place and renamed. In an object store `spare.tar`, which holds all the files, is created first:
+whoever creates it has decided what all of them are, and any creator puts them there, the head last. A reader sees no cache
+before the head.
+"""
 
 import errno
 import os
@@ -18,19 +23,45 @@ from sami_cache.errors import SamiCacheError
 from sami_cache.store.cache import Cache, listing_digest
 from sami_cache.store.codecs import Codec
 from sami_cache.store.commits import FileEntry
-from sami_cache.store.files import canonical_json, digest, disk_full_as_error, fsync_directory, seal, write_durably
-from sami_cache.store.head import CODEC_ARRAYS, FORMAT, HEAD, array_dtype, array_file, group_metadata, metadata_files
+from sami_cache.store.files import (
+    as_damage,
+    canonical_json,
+    digest,
+    disk_full_as_error,
+    fsync_directory,
+    make_hold,
+    publish,
+    seal,
+    sizes_below,
+    write_durably,
+)
+from sami_cache.store.head import (
+    CODEC_ARRAYS,
+    FORMAT,
+    HEAD,
+    STATIC_FILES,
+    array_dtype,
+    array_file,
+    group_metadata,
+    is_cache,
+    metadata_files,
+    parse_attributes,
+)
+from sami_cache.store.places import AnyPath, RemotePath
 from sami_cache.store.shards import ShardLayout, crc32c
-from sami_cache.store.spare import SPARE, pack_spare
+from sami_cache.store.spare import SPARE, pack_spare, read_spare
 
 
-def create_cache(path: Path, **head: Any) -> Cache:
+def create_cache(path: AnyPath, **head: Any) -> Cache:
     """Create a cache, complete or not at all, and open it. If another process was first, theirs is opened.
 
     `head`: what `static_files` takes. Raises IdentityError if a cache of another identity is there, SamiCacheError if
     something else is.
     """
-    _publish_directory(path, static_files(**head))
+    if isinstance(path, RemotePath):
+        _publish_objects(path, static_files(**head))
+    else:
+        _publish_directory(path, static_files(**head))
     cache = Cache(path)
     cache.check_identity(head["identity"])
     return cache
@@ -81,6 +112,29 @@ def static_files(
     }
     files[HEAD] = canonical_json(group_metadata(seal(attributes)))
     return {**files, SPARE: pack_spare(files)}
+
+
+def is_free(path: AnyPath) -> bool:
+    """Whether a cache can be made at `path`: nothing is there, or an empty folder, or what a creation left that was killed."""
+    if isinstance(path, RemotePath):
+        return sizes_below(path).keys() <= STATIC_FILES | {SPARE}
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
+def _publish_objects(path: RemotePath, files: dict[str, bytes]) -> None:
+    """Make a cache of the files in `spare.tar` at `path`, which are `files` unless another creator was first."""
+    if is_cache(path):
+        return
+    if not is_free(path):
+        raise SamiCacheError(f"{path}: objects are there that are no cache. Give another --cache, or move them away.")
+    if not publish(path / SPARE, files[SPARE], path):
+        files = read_spare(path)
+        with as_damage(path / SPARE, "does not hold the files of a cache"):
+            entries = parse_attributes(files[HEAD], path / SPARE)["files"]
+            if entries.keys() != STATIC_FILES or not all(FileEntry(**entries[name]).describes(files[name]) for name in entries):
+                raise ValueError("they are not those that its head names")
+    for name in (*sorted(STATIC_FILES), HEAD):
+        make_hold(path / name, files[name], path)
 
 
 def _publish_directory(path: Path, files: dict[str, bytes]) -> None:

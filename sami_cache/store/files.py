@@ -1,7 +1,7 @@
 """Files that appear whole or not at all, survive a power cut, and say which bytes they should hold.
 
 A file is published by writing it under a temporary name, flushing it, and linking it to its name: the link fails if the
-name is taken, so the first writer wins and nothing is ever overwritten.
+name is taken, so the first writer wins and nothing is ever overwritten. In an object store a conditional put does the same.
 """
 
 import errno
@@ -19,7 +19,12 @@ from typing import Any, Self
 from blake3 import blake3
 
 from sami_cache.errors import DamageError, DiskFullError, SamiCacheError, one_line
+from sami_cache.store import objects
+from sami_cache.store.places import AnyPath, RemotePath
+from sami_cache.store.remote_file import RemoteFile
 
+ASIDE = ("tmp/", "quarantine/")
+"""What lies below these folders of a cache is none of its data."""
 _DAMAGE = (errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -47,7 +52,7 @@ def is_sealed(value: Any) -> bool:
 _SEAL = re.compile(rb'\{"blake3":"([0-9a-f]{64})",')
 
 
-def check_seal(data: bytes, path: Path | str) -> bytes:
+def check_seal(data: bytes, path: AnyPath | str) -> bytes:
     """`data` if it is as it was sealed, judged by its bytes alone. Raises DamageError.
 
     In canonical JSON the field `blake3` comes first, so the digest is that of what follows it.
@@ -58,7 +63,7 @@ def check_seal(data: bytes, path: Path | str) -> bytes:
     return data
 
 
-def parse_sealed_json(data: bytes, path: Path | str) -> dict[str, Any]:
+def parse_sealed_json(data: bytes, path: AnyPath | str) -> dict[str, Any]:
     """Read canonical JSON of a sealed value, byte by byte what was written. Raises DamageError."""
     try:
         value = json.loads(data)
@@ -70,7 +75,7 @@ def parse_sealed_json(data: bytes, path: Path | str) -> dict[str, Any]:
 
 
 @contextmanager
-def as_damage(path: Path | str, what: str) -> Iterator[None]:
+def as_damage(path: AnyPath | str, what: str) -> Iterator[None]:
     """Turn a missing field or a wrong type in what `path` holds into a DamageError.
 
     A digest proves that a value is the one somebody wrote, not that it makes sense.
@@ -82,7 +87,7 @@ def as_damage(path: Path | str, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def reading(path: Path | str) -> Iterator[None]:
+def reading(path: AnyPath | str) -> Iterator[None]:
     """Turn the errors of a file that is gone, is no file, or lies on bad sectors into a DamageError.
 
     Others (no permission, too many open files) say nothing about the file and pass.
@@ -111,25 +116,35 @@ def open_to_read(path: Path) -> int:
 class OpenFile:
     """A regular file of a known size, open for reading until it is closed or nobody holds it any more. Thread-safe."""
 
-    def __init__(self, path: Path, size: int) -> None:
-        """Open `path`. Raises DamageError if it is not there or does not hold exactly `size` bytes."""
+    def __init__(self, path: AnyPath, size: int) -> None:
+        """Open `path`. Raises DamageError if it is not there or does not hold exactly `size` bytes; of an object, when it is
+        read.
+        """
         self.path, self._descriptor = path, -1
+        self._remote = RemoteFile(path, size) if isinstance(path, RemotePath) else None
+        if isinstance(path, RemotePath):
+            return
         self._descriptor = open_to_read(path)
         actual = os.fstat(self._descriptor).st_size
         if actual != size:
             raise DamageError(f"{path}: {actual} bytes, its commit record says {size}")
 
-    def read_at(self, offset: int, count: int, where: Path | str) -> bytes:
+    def read_at(self, offset: int, count: int, where: AnyPath | str) -> bytes:
         """`count` bytes from `offset` on. Raises DamageError that names `where`."""
         with reading(where):
-            data = os.pread(self._descriptor, count, offset)
+            data = self._remote.read_at(offset, count) if self._remote else os.pread(self._descriptor, count, offset)
         if len(data) != count:
             raise DamageError(f"{where}: {len(data)} bytes read, {count} expected")
         return data
 
-    def expect(self) -> None:
-        """Have the system read the whole file ahead, where it can: pieces in any order are then no slower than the disk."""
-        if hasattr(os, "posix_fadvise"):
+    def expect(self, digest: str | None = None) -> None:
+        """Have the system read the whole file ahead, where it can: pieces in any order are then no slower than the disk.
+
+        Of an object, a training that gives its XXH3-128 begins to get a local copy; without, it is read into memory at once.
+        """
+        if self._remote:
+            self._remote.expect(digest)
+        elif hasattr(os, "posix_fadvise"):
             with suppress(OSError):
                 os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
 
@@ -147,8 +162,16 @@ class OpenFile:
         self.close()
 
 
-def read_file(path: Path, at_most: int = 1 << 26) -> bytes:
+def read_file(path: AnyPath, at_most: int = 1 << 26) -> bytes:
     """The bytes of the regular file `path`. Raises DamageError if there is none, or it holds more than `at_most` bytes."""
+    if isinstance(path, RemotePath):
+        try:
+            data, size, _ = objects.read(path, at_most)
+        except FileNotFoundError:
+            raise objects.missing(path) from None
+        if data is None:
+            raise DamageError(f"{path}: {size} bytes, at most {at_most} expected")
+        return data
     with os.fdopen(open_to_read(path), "rb", buffering=0) as file, reading(path):
         size = os.fstat(file.fileno()).st_size
         if size > at_most:
@@ -156,8 +179,13 @@ def read_file(path: Path, at_most: int = 1 << 26) -> bytes:
         return file.readall()
 
 
-def hash_file(path: Path, hasher: Any, block: int = 1 << 19) -> str:
+def hash_file(path: AnyPath, hasher: Any, block: int = 1 << 19) -> str:
     """The hexadecimal digest of a file, read once from front to back. Raises DamageError where it cannot be read."""
+    if isinstance(path, RemotePath):
+        with reading(path):
+            for piece in objects.pieces(path):
+                hasher.update(piece)
+        return hasher.hexdigest()
     buffer = bytearray(block)  # half a megabyte stays in the processor's cache between reading and hashing
     view = memoryview(buffer)
     with os.fdopen(open_to_read(path), "rb", buffering=0) as file, reading(path):
@@ -166,13 +194,52 @@ def hash_file(path: Path, hasher: Any, block: int = 1 << 19) -> str:
     return hasher.hexdigest()
 
 
+def exists(path: AnyPath) -> bool:
+    """Whether the name is taken, be it by a link that leads nowhere."""
+    if not isinstance(path, RemotePath):
+        return os.path.lexists(path)
+    with suppress(FileNotFoundError):
+        objects.head(path)
+        return True
+    return False
+
+
+def size_of(path: AnyPath) -> int:
+    """Bytes. Raises FileNotFoundError and other errors of the system."""
+    return objects.head(path)[0] if isinstance(path, RemotePath) else path.stat().st_size
+
+
+def stamp_of(path: AnyPath) -> object:
+    """What changes when the file is replaced by another; None where there is none."""
+    with suppress(FileNotFoundError):
+        return objects.head(path)[1] if isinstance(path, RemotePath) else path.stat().st_ino
+    return None
+
+
+def names_in(folder: AnyPath) -> set[str]:
+    """The names in a folder of a cache. Raises what the system raises; a folder of an object store is never missing."""
+    return set(objects.sizes_below(folder)) if isinstance(folder, RemotePath) else set(os.listdir(folder))
+
+
+def sizes_below(folder: AnyPath) -> dict[str, int]:
+    """The bytes of everything below a folder but folders, by its name relative to it; links count themselves."""
+    if isinstance(folder, RemotePath):
+        return objects.sizes_below(folder)
+    found: dict[str, int] = {}
+    for place, _, names in os.walk(folder):
+        for path in (Path(place) / name for name in names):
+            with suppress(FileNotFoundError):
+                found[str(path.relative_to(folder))] = path.lstat().st_size
+    return found
+
+
 @contextmanager
-def disk_full_as_error(path: Path, doing: str) -> Iterator[None]:
+def disk_full_as_error(path: AnyPath, doing: str) -> Iterator[None]:
     """Turn "no space left" into a DiskFullError."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or isinstance(path, RemotePath):
             raise
         free = shutil.disk_usage(path).free
         raise DiskFullError(
@@ -205,13 +272,16 @@ def write_durably(path: Path, data: bytes | memoryview) -> None:
         os.close(descriptor)
 
 
-def publish(path: Path, data: bytes | memoryview, staging: Path) -> bool:
+def publish(path: AnyPath, data: bytes | memoryview, staging: AnyPath) -> bool:
     """Make `path` exist with `data`, durably, unless the name is taken. True if this call made it.
 
     Args:
         path: the final name, on the same file system as `staging`.
-        staging: the directory for the temporary name.
+        staging: the directory for the temporary name, which an object store does not need.
     """
+    if isinstance(path, RemotePath) or isinstance(staging, RemotePath):
+        assert isinstance(path, RemotePath)
+        return objects.put(path, data)
     for folder in (staging, path.parent):
         _make_folder(folder, staging.parent)
     temporary = staging / f"{path.name}.{secrets.token_hex(8)}"
@@ -251,8 +321,15 @@ def _make_folder(folder: Path, cache: Path) -> None:
             ) from None
 
 
-def move_aside(path: Path, directory: Path) -> Path:
-    """Move `path` into `directory` under a name that is free there; returns the new place. Nothing is deleted."""
+def move_aside(path: AnyPath, directory: AnyPath) -> AnyPath:
+    """Move `path` into `directory` under a name that is free there; returns the new place. Nothing is deleted.
+
+    Raises FileNotFoundError.
+    """
+    if isinstance(path, RemotePath) or isinstance(directory, RemotePath):
+        assert isinstance(path, RemotePath)
+        assert isinstance(directory, RemotePath)
+        return objects.move_aside(path, directory)
     for folder in (directory, path.parent):
         _make_folder(folder, directory.parent)
     target = directory / f"{path.parent.name}.{path.name}.{secrets.token_hex(4)}"
@@ -262,12 +339,26 @@ def move_aside(path: Path, directory: Path) -> Path:
     return target
 
 
-def make_hold(path: Path, data: bytes | memoryview, cache: Path) -> list[Path] | None:
+def put_back(aside: AnyPath, path: AnyPath) -> None:
+    """Give what was moved aside its name again, unless that is taken by now; the place aside keeps it too."""
+    if isinstance(path, RemotePath) or isinstance(aside, RemotePath):
+        publish(path, read_file(aside, at_most=1 << 31), path)
+        return
+    with suppress(FileExistsError):
+        os.link(aside, path)
+
+
+def make_hold(path: AnyPath, data: bytes | memoryview, cache: AnyPath) -> list[AnyPath] | None:
     """Make `path` hold `data`; whatever else it held is moved to the cache's quarantine.
 
     Returns None if it held that already, else where its remains are now.
     """
-    moved: list[Path] = []
+    if isinstance(path, RemotePath) or isinstance(cache, RemotePath):
+        assert isinstance(path, RemotePath)
+        assert isinstance(cache, RemotePath)
+        remains = objects.make_hold(path, data, cache / "quarantine")
+        return None if remains is None else [*remains]
+    moved: list[AnyPath] = []
     while not publish(path, data, cache / "tmp"):
         with suppress(DamageError):
             if read_file(path, at_most=len(data)) == data:

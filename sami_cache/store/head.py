@@ -1,12 +1,11 @@
 """The head of a cache: the attributes of its group, and the Zarr metadata that follow from them."""
 
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 from sami_cache.errors import DamageError, SamiCacheError
-from sami_cache.store.files import canonical_json, is_sealed, read_file
+from sami_cache.store.files import canonical_json, exists, is_sealed, names_in, read_file
+from sami_cache.store.places import AnyPath, RemotePath
 from sami_cache.store.shards import ShardLayout, array_metadata
 
 FORMAT = 3
@@ -23,7 +22,7 @@ ESSENCE = ("format", "identity", "codec", "layout", "samples", "listing")
 _PLAIN_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
 
-def read_attributes(path: Path) -> dict[str, Any]:
+def read_attributes(path: AnyPath) -> dict[str, Any]:
     """The head of the cache at `path`, checked. Raises SamiCacheError if there is none, DamageError if it is damaged."""
     head = path / HEAD
     if not is_cache(path):
@@ -34,12 +33,15 @@ def read_attributes(path: Path) -> dict[str, Any]:
     return parse_attributes(read_file(head), head)
 
 
-def is_cache(path: Path) -> bool:
+def is_cache(path: AnyPath) -> bool:
     """Whether there is a cache at `path`, be it one that has lost its head."""
-    return os.path.lexists(path / HEAD) or (path / "commits").is_dir()
+    if exists(path / HEAD):
+        return True
+    commits = path / "commits"
+    return bool(names_in(commits)) if isinstance(commits, RemotePath) else commits.is_dir()
 
 
-def parse_attributes(data: bytes, head: Path | str) -> dict[str, Any]:
+def parse_attributes(data: bytes, head: AnyPath | str) -> dict[str, Any]:
     """What the bytes of a zarr.json say. Raises DamageError, SamiCacheError for another format."""
     try:
         value = json.loads(data)

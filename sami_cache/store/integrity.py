@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,9 @@ from blake3 import blake3
 from sami_cache.errors import DamageError, SamiCacheError
 from sami_cache.store.cache import Cache
 from sami_cache.store.commits import OK, FileEntry, Record, root_fields, samples_table
-from sami_cache.store.files import digest, hash_file, read_file, reading
+from sami_cache.store.files import ASIDE, digest, hash_file, read_file, reading, size_of, sizes_below
 from sami_cache.store.head import HEAD
+from sami_cache.store.places import AnyPath
 from sami_cache.store.shards import MAX_SHARD_BYTES, ShardFile, crc32c
 from sami_cache.store.spare import SPARE, pack_spare, rightful_id, unpack_spare
 from sami_cache.store.tables import ParquetRows
@@ -98,7 +98,7 @@ class _ShardResult:
 
 
 def verify_cache(
-    path: Path,
+    path: AnyPath,
     *,
     level: str = "default",
     expected_root: str | None = None,
@@ -197,7 +197,7 @@ def _check_static(cache: Cache, report: Report) -> None:
 
 
 def _check_shard(cache: Cache, shard: int, level: str, sealed: "_Sealed") -> _ShardResult:
-    name = str(cache.record_path(shard).relative_to(cache.path))
+    name = cache.record_name(shard)
     try:
         outline = cache.outline(shard)
     except DamageError as error:
@@ -231,14 +231,14 @@ def _check_shard(cache: Cache, shard: int, level: str, sealed: "_Sealed") -> _Sh
     return result
 
 
-def _check_file(path: Path, entry: FileEntry, level: str, pinned: bool) -> tuple[str | None, int]:
+def _check_file(path: AnyPath, entry: FileEntry, level: str, pinned: bool) -> tuple[str | None, int]:
     """What is wrong with a file of a shard, and how many of its bytes were read to say so.
 
     XXH3 finds every accident that BLAKE3 finds, at twice the speed; where somebody may have meant it, BLAKE3 it is.
     """
     try:
         with reading(path):
-            size = path.stat().st_size
+            size = size_of(path)
         if size != entry.size:
             return f"{size} bytes, its commit record says {entry.size}", 0
         if level == "quick":
@@ -331,26 +331,22 @@ def _check_roots(
 
 def _check_strays(cache: Cache, report: Report) -> None:
     """Files that no record names: remains of interrupted writers before sealing, something foreign after."""
-    known = {HEAD, SPARE, "ROOT.json", "manifest.parquet", *cache.files}
+    known, sizes = {HEAD, SPARE, "ROOT.json", "manifest.parquet", *cache.files}, sizes_below(cache.path)
     for shard in range(cache.shards):
-        if report.sealed or os.path.lexists(cache.record_path(shard)):
-            known |= {*cache.shard_files(shard), str(cache.record_path(shard).relative_to(cache.path))}
-    strays = []
-    for folder, folders, names in os.walk(cache.path):
-        place = Path(folder).relative_to(cache.path)
-        folders[:] = [name for name in folders if str(place / name) not in ("tmp", "quarantine")]
-        strays += [str(place / name) for name in names if str(place / name) not in known]
-    for name in sorted(strays):
+        if report.sealed or cache.record_name(shard) in sizes:
+            known |= {*cache.shard_files(shard), cache.record_name(shard)}
+    for name in sorted(sizes.keys() - known):
+        if name.startswith(ASIDE):
+            continue
         if report.sealed:
             report.findings.append(Finding(path=name, what="belongs to no shard of this cache", foreign=True))
         else:
             report.notes.append(f"{name}: not committed; the next `sami-cache extract` uses or replaces it")
     for folder, meaning in (("tmp", "left by interrupted writers"), ("quarantine", "moved aside by repairs")):
-        paths = list((cache.path / folder).iterdir()) if (cache.path / folder).is_dir() else []
-        if paths:
-            size = sum(path.lstat().st_size for path in paths if os.path.lexists(path))
+        there = [size for name, size in sizes.items() if name.startswith(f"{folder}/")]
+        if there:
             report.notes.append(
-                f"{folder}/: {len(paths)} files, {size / 1e6:.1f} MB, {meaning}; delete them when nothing writes here"
+                f"{folder}/: {len(there)} files, {sum(there) / 1e6:.1f} MB, {meaning}; delete them when nothing writes here"
             )
 
 

@@ -15,7 +15,6 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -24,6 +23,7 @@ import zstandard
 
 from sami_cache.errors import DamageError
 from sami_cache.store.files import OpenFile
+from sami_cache.store.places import AnyPath
 
 MAX_SHARD_SAMPLES = 1 << 15
 MAX_SHARD_BYTES = 1 << 31
@@ -227,7 +227,7 @@ def _scratch(size: int) -> memoryview:
 class ShardFile(OpenFile):
     """An open shard file: reads any of its inner chunks. Thread-safe."""
 
-    def __init__(self, path: Path, layout: ShardLayout, size: int, checksums: list[int]) -> None:
+    def __init__(self, path: AnyPath, layout: ShardLayout, size: int, checksums: list[int]) -> None:
         """Open `path`, which must hold exactly `size` bytes. Raises DamageError.
 
         Args:
@@ -250,6 +250,7 @@ class ShardFile(OpenFile):
 
     def read(self, samples: int) -> np.ndarray:
         """The first `samples` samples: [samples, *sample_shape]."""
+        self.expect()
         out = np.empty((samples, *self.layout.sample_shape), self.layout.stored_dtype)
         step = self.layout.chunk_samples
         for start in range(0, samples, step):

@@ -9,11 +9,11 @@ import tarfile
 from collections import Counter
 from contextlib import suppress
 from io import BytesIO
-from pathlib import Path
 
 from sami_cache.errors import DamageError, SamiCacheError, one_line
-from sami_cache.store.files import check_seal, read_file
+from sami_cache.store.files import check_seal, names_in, read_file
 from sami_cache.store.head import HEAD, parse_attributes
+from sami_cache.store.places import AnyPath
 from sami_cache.store.shards import MAX_SHARD_BYTES
 
 SPARE = "spare.tar"
@@ -33,13 +33,13 @@ def pack_spare(files: dict[str, bytes]) -> bytes:
     return sink.getvalue()
 
 
-def read_spare(cache: Path) -> dict[str, bytes]:
+def read_spare(cache: AnyPath) -> dict[str, bytes]:
     """The copies of the cache at `cache`, as `unpack_spare` finds them. Raises DamageError."""
     path = cache / SPARE
     return unpack_spare(read_file(path, at_most=MAX_SHARD_BYTES), path)
 
 
-def unpack_spare(data: bytes, path: Path) -> dict[str, bytes]:
+def unpack_spare(data: bytes, path: AnyPath) -> dict[str, bytes]:
     """The copies as far as they can be found; whether each is whole is for the caller to check. Raises DamageError."""
     files: dict[str, bytes] = {}
     try:
@@ -53,7 +53,7 @@ def unpack_spare(data: bytes, path: Path) -> dict[str, bytes]:
     return files
 
 
-def rightful_id(cache: Path) -> str | None:
+def rightful_id(cache: AnyPath) -> str | None:
     """The cache_id that most of zarr.json, spare.tar, ROOT.json and the first commit records bear; the head's in a tie.
 
     Each of them proves that it is whole, and a whole one may still be another cache's.
@@ -62,8 +62,11 @@ def rightful_id(cache: Path) -> str | None:
     for read in (lambda: read_file(cache / HEAD), lambda: read_spare(cache)[HEAD]):
         with suppress(DamageError, KeyError):
             found.append(cache_id_of(read()))
-    records = sorted(cache.glob("commits/*.json"))[:_ASKED_RECORDS]
-    for path in (cache / "ROOT.json", *records):
+    names: set[str] = set()
+    with suppress(OSError):
+        names = names_in(cache / "commits")
+    records = sorted(name for name in names if name.endswith(".json"))[:_ASKED_RECORDS]
+    for path in (cache / "ROOT.json", *(cache / "commits" / name for name in records)):
         with suppress(DamageError):
             owner = _OWNER.match(check_seal(read_file(path), path))
             found.append(owner and owner[1].decode())

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -11,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sami_cache.errors import DamageError
+from sami_cache.store.places import AnyPath
 
 _HELD = 2
 """Row groups that stay decoded: shards that are checked at the same time may lie on both sides of a border."""
@@ -22,7 +22,7 @@ class ParquetRows:
     Decoded, the manifest of a million samples is a third of a gigabyte, in the file 70 MB.
     """
 
-    def __init__(self, path: Path, data: bytes, rows: int) -> None:
+    def __init__(self, path: AnyPath, data: bytes, rows: int) -> None:
         """
         Args:
             data: what `path` holds.

@@ -4,12 +4,10 @@ One shard is one commit: its files are published, read back and compared, then i
 the record first has committed the shard; a file without a record is not data.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,14 +24,17 @@ from sami_cache.store.files import (
     canonical_json,
     digest,
     disk_full_as_error,
+    exists,
     hash_file,
     make_hold,
     move_aside,
     publish,
+    put_back,
     read_file,
     seal,
 )
 from sami_cache.store.images import locate_images, pack_images
+from sami_cache.store.places import AnyPath, RemotePath
 from sami_cache.store.shards import MAX_SHARD_BYTES, ShardFile, ShardLayout, crc32c, pack_shard, parse_index
 
 ROW_GROUP = 1 << 17
@@ -174,7 +175,7 @@ def check_embeddings(embeddings: np.ndarray, samples: Sequence[Sample], good: np
 
 
 def _check_not_committed(cache: Cache, shard: int) -> None:
-    if os.path.lexists(cache.record_path(shard)):
+    if exists(cache.record_path(shard)):
         raise _Overtaken
 
 
@@ -214,16 +215,19 @@ def _publish_or_adopt(
         if found == data or adoptable(found):
             return found
         _check_not_committed(cache, shard)
+        known.displaced = True
+        if isinstance(path, RemotePath):  # an object is replaced in one step, and there is no moment in which it is gone
+            held += [read_file(place, at_most=MAX_SHARD_BYTES) for place in make_hold(path, data, cache.path) or ()]
+            _check_not_committed(cache, shard)
+            return data
         with suppress(FileNotFoundError):
-            known.displaced = True
             moved = move_aside(path, quarantine)
-            overtaken = os.path.lexists(cache.record_path(shard))
+            overtaken = exists(cache.record_path(shard))
             with suppress(DamageError):
                 held.append(read_file(moved, at_most=MAX_SHARD_BYTES))
                 if overtaken or held[-1] != found:
                     # Between the look and the move another has committed it, or put a whole file in its place.
-                    with suppress(FileExistsError):
-                        os.link(moved, path)
+                    put_back(moved, path)
             if overtaken:
                 raise _Overtaken
     return data
@@ -260,7 +264,7 @@ def _publish_codes(
     raise DamageError(f"{path}: read back, it does not hold the codes that were written. Check the disk and the memory.")
 
 
-def _chunk_checksums(data: bytes, layout: ShardLayout, count: int, path: Path) -> list[int]:
+def _chunk_checksums(data: bytes, layout: ShardLayout, count: int, path: AnyPath) -> list[int]:
     """The crc32c of the first `count` chunks of a shard file. Raises DamageError."""
     index = parse_index(data[-layout.index_bytes :], layout, len(data) - layout.index_bytes, str(path))
     return [crc32c(data[offset : offset + size - 4]) for offset, size in index[:count].tolist()]
@@ -361,7 +365,7 @@ def _says_the_same(cache: Cache, sealed: dict[str, Any], manifest: memoryview) -
     # two whole tables of a big cache would fill the memory.
     ours = pq.ParquetFile(pa.BufferReader(manifest))
     same = all(cache.manifest(sealed, [name]).equals(ours.read([name])) for name in TABLE_SCHEMA.names)
-    return same and pq.read_schema(path).equals(ours.schema_arrow)
+    return same and pq.read_schema(BytesIO(read_file(path, at_most=MAX_SHARD_BYTES))).equals(ours.schema_arrow)
 
 
 def pack_manifest(tables: Iterable[pa.Table]) -> memoryview:

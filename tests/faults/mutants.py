@@ -93,7 +93,7 @@ MUTANTS = (
     Mutant(
         "a committed shard is written again",
         WRITING,
-        "    if os.path.lexists(cache.record_path(shard)):\n        raise _Overtaken",
+        "    if exists(cache.record_path(shard)):\n        raise _Overtaken",
         "    pass",
         ("tests/test_writing.py",),
     ),

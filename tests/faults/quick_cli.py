@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import avg_pool2d, pixel_unshuffle
 
 from sami_cache.models.teachers import Teacher, TeacherInfo
+from sami_cache.store.files import exists
 
 
 class Pooled(torch.nn.Module):
@@ -43,7 +44,7 @@ def command_line(arguments: list[str], log: str) -> None:
 
     def noted(cache, shard, *rest):
         with open(log, "a") as file:
-            file.write(json.dumps([shard, cache.record_path(shard).exists()]) + "\n")
+            file.write(json.dumps([shard, exists(cache.record_path(shard))]) + "\n")
         return real(cache, shard, *rest)
 
     pipelines.extract.write_shard = noted
