@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -78,6 +79,8 @@ class Embedder:
     images: dict[str, int] | None
     """`short_side` and `quality` of the JPEGs to make, None for none."""
     workers: int
+    turn: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    """Held while the teacher is at work: who waits for it has the first images decoded when it comes."""
 
     def identity(self) -> dict[str, Any]:
         """The part of a cache's identity that this decides."""
@@ -104,9 +107,10 @@ class Embedder:
         that computing it again gives the same bits on the same machine.
         """
         self.teacher.to(self.device)
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool, ExitStack() as held:
             ahead = deque(self._submit(pool, batch) for batch in batches[:3])
             try:
+                held.enter_context(self.turn)
                 for position in range(len(batches)):
                     prepared = [item for future in ahead.popleft() for item in future.result()]
                     if position + 3 < len(batches):
