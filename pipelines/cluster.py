@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelines.cluster_processes import THREADS, ClusterConfig, Connection, connect, parse_devices
 from pipelines.cluster_worker import RefusedError, Run, begin_run, extract_shard, stop_run
@@ -24,9 +24,6 @@ from pipelines.tally import Committed, Tally
 from sami_cache.errors import SamiCacheError
 from sami_cache.processes import StopSignal
 from sami_cache.store.cache import Cache
-
-if TYPE_CHECKING:
-    from distributed import Future
 
 TRIES = 3
 """Times that a shard is handed out: again where Dask gives up on it, because workers die, and where one fails."""
@@ -99,8 +96,8 @@ class _Shards:
         self.missing, self.tries = missing, Counter[int]()
         self.tally = Tally(cache, missing, on_progress)
         self.say = on_progress
-        self.pending: dict[Any, Future] = {}
-        self.done: queue.SimpleQueue[Future] = queue.SimpleQueue()
+        self.pending: dict[Any, Any] = {}
+        self.done: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._looked = 0.0
 
     def extract(self) -> list[Committed]:
@@ -120,7 +117,7 @@ class _Shards:
         del futures  # not before: what is let go of vanishes from the dashboard
         return self.tally.commits
 
-    def _settle(self, future: "Future") -> None:
+    def _settle(self, future: Any) -> None:
         """Count what was committed; see what can be done about an error."""
         if self.pending.pop(future.key, None) is None:
             return
@@ -163,9 +160,9 @@ class _Shards:
         else:
             what = f"{which} failed with {type(error).__name__}: {error}"
         if self.tries[shard] >= TRIES:
-            times = f" It was handed out anew {TRIES - 1} times." if TRIES > 1 else ""
             raise SamiCacheError(
-                f"{what}.{times} The other shards that are committed stay; what workers said is in their logs."
+                f"{what}, and so each of the {TRIES} times that it was handed out. The logs of the workers say more. "
+                f"{self.tally.progress.done} of {self.tally.progress.total} samples are committed; the same command goes on."
             )
         self.tell(f"{what}; handed out again")
 
@@ -198,14 +195,14 @@ class _Shards:
         self.say(replace(self.tally.progress, note=note))
 
 
-def _queue_of(futures: "list[Future]") -> "queue.SimpleQueue[Future]":
-    done: queue.SimpleQueue[Future] = queue.SimpleQueue()
+def _queue_of(futures: list[Any]) -> queue.SimpleQueue[Any]:
+    done: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for future in futures:
         future.add_done_callback(done.put)
     return done
 
 
-def _error(future: "Future") -> BaseException | None:
+def _error(future: Any) -> BaseException | None:
     """What a task that is done raised, or why it will not be done."""
     if future.cancelled():
         return SamiCacheError("the scheduler has let go of this run, or is gone; run the same command again to go on")

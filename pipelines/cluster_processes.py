@@ -7,15 +7,14 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sami_cache.errors import Interrupted, SamiCacheError
 
-if TYPE_CHECKING:
-    from distributed import Client
-
+PATIENCE = "30s"
+"""For a scheduler to answer."""
 THREADS = 2
 """Of a worker process, for tasks: one shard is with the teacher, the next one or the last one is not."""
 DEVICE, SHARE = "SAMI_CACHE_DEVICE", "SAMI_CACHE_PROCESSES"
@@ -49,7 +48,8 @@ class ClusterConfig:
 class Connection:
     """Workers, reached through a scheduler."""
 
-    client: "Client"
+    client: Any
+    """Dask's."""
     note: str
     """What the user is told of it."""
     keep_up: Callable[[], None] = lambda: None
@@ -74,7 +74,7 @@ def parse_devices(text: str) -> list[str]:
     return [f"cuda:{int(part)}" for part in parts]
 
 
-def connect(config: ClusterConfig) -> "Iterator[Connection]":
+def connect(config: ClusterConfig) -> AbstractContextManager[Connection]:
     """A context in which workers are there, or come."""
     need_dask()
     if config.scheduler is not None:
@@ -112,7 +112,7 @@ def worker_options(devices: Sequence[str], name: str = "") -> list[dict[str, Any
 @contextmanager
 def _dask_settings(processes: int) -> Iterator[None]:
     """How Dask is to start workers; it writes some of that into our environment, which is put back."""
-    import dask
+    import dask.config
 
     # Its own setting is one thread: codes are made by matrix products, on the CPU all else too.
     threads = dict.fromkeys(THREAD_SETTINGS, max(1, (os.cpu_count() or 1) // processes))
@@ -139,12 +139,12 @@ def _local(devices: Sequence[str]) -> Iterator[Connection]:
     address = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:8787"}
     alike = {"silence_logs": logging.CRITICAL, "host": "127.0.0.1"}
     workers = {number: {"cls": Nanny, "options": options | alike} for number, options in enumerate(worker_options(devices))}
-    scheduler = {"cls": Scheduler, "options": address}
+    cluster = {"workers": workers, "scheduler": {"cls": Scheduler, "options": address}}
     with (
         _dask_settings(len(devices)),
         _no_warnings(),
-        SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,
-        Client(cluster) as client,
+        SpecCluster(**cluster, silence_logs=logging.CRITICAL) as entered,  # pyright: ignore[reportArgumentType]
+        Client(entered) as client,
     ):
         yield Connection(client=client, note=f"dashboard: {client.dashboard_link}")
 
@@ -154,7 +154,7 @@ def _remote(address: str) -> Iterator[Connection]:
     from distributed import Client
 
     try:
-        client = Client(address, timeout="30s")
+        client = Client(address, timeout=PATIENCE)
     except (OSError, ValueError) as error:
         raise SamiCacheError(
             f"no scheduler at {address} ({error}). Start one with `dask scheduler`, and give its address."
@@ -197,7 +197,7 @@ def _slurm(jobs: int, sbatch: Sequence[str]) -> Iterator[Connection]:
         )
 
 
-def _where(client: "Client", address: str) -> str:
+def _where(client: Any, address: str) -> str:
     return f"dashboard: {client.dashboard_link}; more workers join with: sami-cache worker {address}"
 
 
