@@ -68,10 +68,10 @@ def _begin(connection: Connection, run: Run, on_progress: Callable[[Progress], N
     done = _queue_of([future])
     try:
         while True:
+            connection.keep_up()
             with contextlib.suppress(queue.Empty):
                 done.get(timeout=1)
                 break
-            connection.keep_up()
         error = _error(future)
         if error is None:
             return future.result()

@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import math
 import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from sami_cache.errors import Interrupted, SamiCacheError
 
 PATIENCE = "30s"
 """For a scheduler to answer."""
+ASK_AGAIN = 30.0
+"""Seconds after which SLURM is asked again for jobs that have ended."""
 THREADS = 2
 """Of a worker process, for tasks: one shard is with the teacher, the next one or the last one is not."""
 DEVICE, SHARE = "SAMI_CACHE_DEVICE", "SAMI_CACHE_PROCESSES"
@@ -180,21 +184,41 @@ def _slurm(jobs: int, sbatch: Sequence[str]) -> Iterator[Connection]:
         "job_name": "sami-cache",
         "python": shlex.quote(sys.executable),
     }
-    with _dask_settings(1), _no_warnings(), SLURMCluster(**given) as entered, Client(entered) as client:
+    with _dask_settings(1), _no_warnings(), SLURMCluster(job_cls=_job_class(), **given) as entered, Client(entered) as client:
         cluster: Any = entered
+        asked = -math.inf
 
-        async def submitted() -> None:
-            await cluster
+        def keep_up() -> None:
+            """Jobs that have ended, and those that SLURM did not take, are asked for again."""
+            nonlocal asked
+            refused = {name: job for name, job in list(cluster.workers.items()) if job.refused}
+            if refused and not client.nthreads():
+                text = next(iter(refused.values())).refused
+                raise SamiCacheError(f"SLURM took no job: {text}\nThe script was:\n{cluster.job_script()}")
+            if time.monotonic() - asked >= ASK_AGAIN:
+                for name in refused:
+                    del cluster.workers[name]
+                cluster.scale(jobs=jobs)
+                asked = time.monotonic()
 
-        cluster.scale(jobs=jobs)
-        try:
-            cluster.sync(submitted)
-        except (RuntimeError, OSError, ValueError) as error:
-            raise SamiCacheError(f"SLURM took no job: {error}\nThe script was:\n{cluster.job_script()}") from None
-        # A job that has ended is forgotten by then, and asked for again.
-        yield Connection(
-            client=client, note=_where(client, cluster.scheduler_address), keep_up=lambda: cluster.scale(jobs=jobs)
-        )
+        yield Connection(client=client, note=_where(client, cluster.scheduler_address), keep_up=keep_up)
+
+
+def _job_class() -> type:
+    """A job of dask-jobqueue's that remembers why it could not be submitted, where theirs is an error that nobody sees."""
+    from dask_jobqueue.slurm import SLURMJob
+    from distributed.core import Status
+
+    class Job(SLURMJob):
+        refused = ""
+
+        async def start(self) -> None:
+            try:
+                await super().start()
+            except (RuntimeError, OSError, ValueError) as error:
+                self.refused, self.status = str(error), Status.failed
+
+    return Job
 
 
 def _where(client: Any, address: str) -> str:

@@ -3,18 +3,22 @@
 import contextlib
 import logging
 import os
+import shlex
 import shutil
 import signal
-import stat
+import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import dask.config
 import pytest
+from cluster_hooks import hook_command, load_hooks
 from photos import photo_folder
 
 import pipelines.cluster
@@ -53,6 +57,13 @@ def alone(home):
     return Cache(home / "alone.zarr").root()["root"]
 
 
+def commits(hooks: Path) -> list[tuple[int, int]]:
+    """(pid, shard), in order."""
+    log = hooks / "log"
+    pairs = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+    return [(int(pid), int(shard)) for pid, shard in pairs]
+
+
 class Workers:
     """A scheduler with two workers, as `sami-cache worker` starts them, but forked, which takes no seconds of imports."""
 
@@ -60,16 +71,14 @@ class Workers:
         from distributed import Nanny, Scheduler, SpecCluster
 
         self.home, self.hooks = home, home / "hooks"
-        self.hooks.mkdir()
         self.quiet = {"silence_logs": logging.CRITICAL, "host": "127.0.0.1"}
         scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}}
         workers = {number: {"cls": Nanny, "options": self.options()} for number in range(2)}
         self.cluster = SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.CRITICAL)
 
     def options(self, folder: Path | None = None) -> dict:
-        options = worker_options(["cpu"])[0] | self.quiet
-        options["env"] |= {"CLUSTER_HOOKS": str(self.hooks), "CLUSTER_CWD": str(folder or self.home), "OMP_NUM_THREADS": "1"}
-        options["preload"] = [*options["preload"], "cluster_hooks"]
+        options = load_hooks(self.hooks, worker_options(["cpu"])[0] | self.quiet)
+        options["env"]["CLUSTER_CWD"] = str(folder or self.home)
         return options
 
     @property
@@ -89,9 +98,7 @@ class Workers:
         return [nanny.pid for nanny in self.cluster.workers.values()]
 
     def commits(self) -> list[tuple[int, int]]:
-        """(pid, shard), in order."""
-        log = self.hooks / "log"
-        return [tuple(map(int, line.split())) for line in log.read_text().splitlines()] if log.exists() else []
+        return commits(self.hooks)
 
 
 @pytest.fixture(scope="module")
@@ -144,14 +151,15 @@ def test_the_same_cache_and_what_the_line_says_is_what_dask_says(workers, config
 
 
 def test_a_killed_workers_shards_are_done_by_others(workers, config, alone):
-    (workers.hooks / "pause").write_text("0.15")
+    """They have two each in hand as one of them is killed, twice."""
+    (workers.hooks / "hold").write_text("3")
     killed: list[int] = []
 
     def kill(progress: Progress) -> None:
-        if len(killed) < 2 and len(workers.commits()) >= 3 + 3 * len(killed):
+        if len(killed) < 2 and progress.done >= 4 * (3 + 3 * len(killed)):
             killed.append(workers.commits()[-1][0])
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(killed[-1], signal.SIGKILL)
+            os.kill(killed[-1], signal.SIGKILL)
+            (workers.hooks / "hold").write_text("6" if len(killed) == 1 else str(SHARDS))
 
     summary = extract_on(workers.config, config, kill)
     assert len(killed) == 2
@@ -165,7 +173,7 @@ def test_a_worker_that_sees_other_images_is_left_out(workers, home, config, alon
     shutil.copytree(home / "photos", tmp_path / "photos")
     (tmp_path / "photos" / "coffee" / "0002.jpg").unlink()
     monkeypatch.chdir(home)
-    (workers.hooks / "pause").write_text("0.2")
+    (workers.hooks / "hold").write_text("2")
     notes: list[str] = []
 
     def join(progress: Progress) -> None:
@@ -174,6 +182,8 @@ def test_a_worker_that_sees_other_images_is_left_out(workers, home, config, alon
         if progress.stage == "extract" and len(notes) == 1:
             notes.append("joined")
             workers.add(tmp_path)
+        if progress.note.startswith("left out"):
+            (workers.hooks / "hold").unlink()
 
     summary = extract_on(workers.config, replace(config, data=Path("/proc/self/cwd/photos")), join)
     assert summary.root["root"] == alone
@@ -213,22 +223,20 @@ def test_what_a_worker_must_see_is_named(home, tmp_path, change, says):
 
 
 def test_ctrl_c_finishes_what_is_in_hand_and_the_same_command_goes_on(workers, config, alone, spawn, tmp_path):
-    (workers.hooks / "pause").write_text("0.3")
-    address = workers.config.scheduler
-    process = spawn(*arguments(config.data, config.cache), "--scheduler", address, stderr=str(tmp_path / "said"))
-    while len(workers.commits()) < 3:
-        assert process.is_alive()
-        time.sleep(0.02)
+    (workers.hooks / "hold").write_text("3")
+    command = [*arguments(config.data, config.cache), "--grace", "60", "--scheduler", workers.config.scheduler]
+    process = spawn(*command, stderr=str(tmp_path / "said"))
+    wait_until(lambda: len(workers.commits()) >= 3, process)
     os.kill(process.pid, signal.SIGINT)
+    wait_until(lambda: "stopping after the shard in hand" in (tmp_path / "said").read_text(), process)
+    (workers.hooks / "hold").unlink()
     process.join(60)
     assert process.exitcode == 130
     said = (tmp_path / "said").read_text()
-    assert "stopping after the shard in hand" in said
     assert said.endswith(f"interrupted: what was committed to {config.cache} stays; run the same command again to go on.\n")
     before = workers.commits()
     assert 3 < len(before) < SHARDS  # those in hand are finished, no other is begun
     assert len(Cache(config.cache).committed()) == len(before)
-    (workers.hooks / "pause").unlink()
     assert extract_on(workers.config, config).root["root"] == alone
     assert Counter(shard for _, shard in workers.commits()).most_common(1)[0][1] == 1
 
@@ -239,7 +247,7 @@ def test_a_full_disk_stops_the_run(workers, config, alone, monkeypatch):
         extract_on(workers.config, config)
     (workers.hooks / "full").unlink()
     monkeypatch.setattr(pipelines.tally, "free_space", lambda path: 1_000_000)
-    with pytest.raises(DiskFullError, match="Stopped before the disk is full; .* Make room, then run the same command again"):
+    with pytest.raises(DiskFullError, match=r"Stopped before the disk is full; .* Make room, then run the same"):
         extract_on(workers.config, config)
     monkeypatch.undo()
     assert extract_on(workers.config, config).root["root"] == alone
@@ -275,7 +283,15 @@ def test_a_cache_grows(workers, home, config, tmp_path, spawn):
     assert summary.samples_done == 14
     process = spawn(*arguments(tmp_path / "photos", tmp_path / "one.zarr"))
     process.join(120)
-    assert Cache(tmp_path / "one.zarr").root() == summary.root == Cache(config.cache).root()
+    assert Cache(tmp_path / "one.zarr").root()["root"] == summary.root["root"] == Cache(config.cache).root()["root"]
+
+
+def wait_until(condition: Callable[[], bool], process: BaseProcess | None = None) -> None:
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert process is None or process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def children() -> set[int]:
@@ -307,19 +323,27 @@ def test_a_process_a_device_and_none_is_left(home, config, alone, monkeypatch):
 
 
 def test_a_worker_joins_late_by_the_command_and_leaves_at_a_signal(home, config, alone, spawn, tmp_path, monkeypatch):
-    """A scheduler without workers; then one comes and goes in the middle of a shard; then another does the rest."""
+    """A scheduler without workers; then one comes, and is to go in the middle of shards; then another does the rest."""
     from distributed import Scheduler, SpecCluster
 
     options = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
-    hooks = Workers.options
-    started: list = []
+    started: list[BaseProcess] = []
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    (first / "hold").write_text("2")
+
+    def start(hooks: Path) -> None:
+        command = ["worker", address, "--devices", "cpu", "--grace", "100", "--death-timeout", "100"]
+        started.append(spawn(*command, stderr=str(tmp_path / "said"), prepare=partial(hook_command, hooks)))
 
     def look(progress: Progress) -> None:
         if progress.stage == "wait" and not started:
-            started.append(spawn("worker", address, "--devices", "cpu", stderr=str(tmp_path / "said")))
-        if progress.stage == "extract" and progress.done >= 8 and len(started) == 1:
+            start(first)
+        if progress.stage == "extract" and len(commits(first)) >= 2 and len(started) == 1:
             os.kill(started[0].pid, signal.SIGTERM)
-            started.append(spawn("worker", address, "--devices", "cpu"))
+            start(second)
+        if len(commits(second)) >= 2:
+            (first / "hold").unlink(missing_ok=True)
 
     with SpecCluster(scheduler={"cls": Scheduler, "options": options}, silence_logs=logging.CRITICAL) as cluster:
         address = cluster.scheduler_address
@@ -328,53 +352,92 @@ def test_a_worker_joins_late_by_the_command_and_leaves_at_a_signal(home, config,
         process.join(30)
     assert summary.root["root"] == alone
     assert [process.exitcode for process in started] == [143, 0], (tmp_path / "said").read_text()
+    assert 2 < len(commits(first)) < SHARDS - 2  # those in hand are finished
+    assert sorted(shard for _, shard in commits(first) + commits(second)) == list(range(SHARDS))
 
 
 FAKE = """#!{python}
 import os, signal, subprocess, sys
-name, folder = os.path.basename(sys.argv[0]), {folder!r}
-if name == "sbatch":
+folder = {folder!r}
+if os.path.basename(sys.argv[0]) == "sbatch":
+    number, text = 77, open(sys.argv[1]).read()
     script = os.path.join(folder, "job.sh")
-    text = open(sys.argv[1]).read()
-    open(script, "w").write(text)
-    log = open(os.path.join(folder, "job.log"), "w")
-    job = subprocess.Popen(["bash", script], stdout=log, stderr=log, start_new_session=True)
-    print(f"Submitted batch job {{job.pid}}")
-elif name == "scancel":
-    os.killpg(int(sys.argv[1]), signal.SIGTERM)
+    open(script + ".new", "w").write(text)
+    os.rename(script + ".new", script)
+    if {runs}:
+        log = open(os.path.join(folder, "job.log"), "w")
+        number = subprocess.Popen(["bash", script], stdout=log, stderr=log, start_new_session=True).pid
+    print(f"Submitted batch job {{number}}")
+else:
+    open(os.path.join(folder, "cancelled"), "a").write(sys.argv[1])
+    if {runs}:
+        os.killpg(int(sys.argv[1]), signal.SIGTERM)
 """
 
 
-@pytest.fixture
-def slurm(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A folder on PATH with an sbatch that starts the job's script as a process, and a scancel that ends it."""
-    folder = tmp_path / "slurm"
+def fake_slurm(folder: Path, monkeypatch: pytest.MonkeyPatch, *, runs: bool) -> Path:
+    """A folder on PATH with an sbatch that keeps the script of a job, and may run it, and a scancel."""
     folder.mkdir()
     for name in ("sbatch", "scancel"):
-        (folder / name).write_text(FAKE.format(python=sys.executable, folder=str(folder)))
-        (folder / name).chmod(0o755 | stat.S_IEXEC)
+        (folder / name).write_text(FAKE.format(python=sys.executable, folder=str(folder), runs=runs))
+        (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return folder
 
 
-def test_slurm_jobs_extract(slurm, home, config, alone):
-    before = children()
-    given = ClusterConfig(slurm=1, sbatch=["-p gpu --gres=gpu:1", "--time=1:00:00 --account 'a b'"])
-    summary = extract_on(given, config)
+SBATCH = ("-p gpu --gres=gpu:1", "--time=1:00:00 --account 'a b'")
+OPTIONS = ["-J sami-cache", "-p gpu", "--gres=gpu:1", "--time=1:00:00", "--account 'a b'"]
+
+
+def test_slurm_is_asked_for_jobs_that_extract(home, config, alone, spawn, tmp_path, monkeypatch):
+    """What the script runs is started here, forked, which takes no seconds of imports."""
+    slurm = fake_slurm(tmp_path / "slurm", monkeypatch, runs=False)
+    jobs: list[BaseProcess] = []
+
+    def start(progress: Progress) -> None:
+        if progress.stage == "wait" and not jobs:
+            wait_until(lambda: (slurm / "job.sh").exists())
+            python, *module, command = shlex.split((slurm / "job.sh").read_text().splitlines()[-1])[:4]
+            assert [python, *module, command] == [sys.executable, "-m", "cli.main", "worker"]
+            given = shlex.split((slurm / "job.sh").read_text().splitlines()[-1])[4:]
+            jobs.append(spawn(command, *given, prepare=partial(hook_command, tmp_path / "hooks")))
+
+    summary = extract_on(ClusterConfig(slurm=1, sbatch=SBATCH), config, start)
+    jobs[0].join(60)
     assert summary.root["root"] == alone
     script = (slurm / "job.sh").read_text().splitlines()
-    options = [line for line in script if line.startswith("#SBATCH")]
-    assert options == [f"#SBATCH {text}" for text in ("-J sami-cache", "-p gpu", "--gres=gpu:1", "--time=1:00:00")] + [
-        "#SBATCH --account 'a b'"
-    ]
-    deadline = time.monotonic() + 60
-    while children() - before and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert children() <= before
+    assert [line for line in script if line.startswith("#SBATCH")] == [f"#SBATCH {text}" for text in OPTIONS]
+    assert (slurm / "cancelled").read_text() == "77"
+    assert len(commits(tmp_path / "hooks")) == SHARDS
 
 
-def test_slurm_that_takes_no_job_is_told(slurm, config):
+@pytest.mark.slow
+def test_the_script_of_a_slurm_job_runs_as_it_is(home, config, alone, tmp_path, monkeypatch):
+    before = children()
+    slurm = fake_slurm(tmp_path / "slurm", monkeypatch, runs=True)
+    assert extract_on(ClusterConfig(slurm=2, sbatch=SBATCH), config).root["root"] == alone
+    wait_until(lambda: children() <= before)
+    assert (slurm / "job.log").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_a_terminal_reaches_all_processes_and_ends_them_in_time(home, config, alone, tmp_path):
+    """As typed: the main process and its workers, started anew and not forked, are one group of processes."""
+    command = [sys.executable, "-m", "cli.main", *arguments(config.data, config.cache), "--devices", "cpu:2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(command, stderr=said, env=environment, start_new_session=True)
+    wait_until(lambda: config.cache.exists() and len(list((config.cache / "commits").iterdir())) >= 2)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) in (130, 0)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert extract_on(ClusterConfig(devices="cpu"), config).root["root"] == alone
+
+
+def test_slurm_that_takes_no_job_is_told(config, tmp_path, monkeypatch):
+    slurm = fake_slurm(tmp_path / "slurm", monkeypatch, runs=False)
     (slurm / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpu' >&2; exit 1\n")
     with pytest.raises(SamiCacheError, match=r"SLURM took no job(.|\n)*invalid partition(.|\n)*#SBATCH -p gpu"):
         extract_on(ClusterConfig(slurm=1, sbatch=["-p gpu"]), config)
@@ -415,8 +478,8 @@ def test_what_is_missing_or_contradicts_is_told(config, monkeypatch):
     for given in ({}, {"devices": "auto", "slurm": 2}, {"slurm": 0}, {"devices": "cpu", "sbatch": ["-p gpu"]}):
         with pytest.raises(SamiCacheError, match="--"):
             ClusterConfig(**given)
+    monkeypatch.setattr(pipelines.cluster_processes, "PATIENCE", "1s")
     with pytest.raises(SamiCacheError, match=r"no scheduler at tcp://127.0.0.1:1 .*dask scheduler"):
-        monkeypatch.setattr(pipelines.cluster_processes, "PATIENCE", "1s")
         extract_on(ClusterConfig(scheduler="tcp://127.0.0.1:1"), config)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SamiCacheError, match=r"distributed, which is not installed: pip install 'sami-cache\[cluster\]'"):
