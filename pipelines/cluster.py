@@ -62,6 +62,7 @@ def _absolute(config: ExtractConfig) -> ExtractConfig:
 def _begin(connection: Connection, run: Run, on_progress: Callable[[Progress], None]) -> tuple[Path, int]:
     """The path of the cache that shards are missing of, made by a worker, and how many samples it did on the way."""
     client = connection.client
+    connection.keep_up()
     on_progress(Progress(stage="wait", note=connection.note))
     client.subscribe_topic(run.name, lambda event: on_progress(Progress(**event[1]["progress"])))
     future = client.submit(begin_run, run, key=(f"begin-{run.name}", 0), pure=False)

@@ -181,6 +181,7 @@ def _slurm(jobs: int, sbatch: Sequence[str]) -> Iterator[Connection]:
         "job_directives_skip": ["-n 1", "--cpus-per-task", "--mem=", "-t "],
         "job_extra_directives": [option for text in sbatch for option in _directives(text)],
         "worker_command": "cli.main worker",
+        "death_timeout": 600,
         "job_name": "sami-cache",
         "python": shlex.quote(sys.executable),
     }

@@ -397,11 +397,13 @@ def test_slurm_is_asked_for_jobs_that_extract(home, config, alone, spawn, tmp_pa
 
     def start(progress: Progress) -> None:
         if progress.stage == "wait" and not jobs:
-            wait_until(lambda: (slurm / "job.sh").exists())
+            wait_until((slurm / "job.sh").exists)
             python, *module, command = shlex.split((slurm / "job.sh").read_text().splitlines()[-1])[:4]
             assert [python, *module, command] == [sys.executable, "-m", "cli.main", "worker"]
             given = shlex.split((slurm / "job.sh").read_text().splitlines()[-1])[4:]
-            jobs.append(spawn(command, *given, prepare=partial(hook_command, tmp_path / "hooks")))
+            jobs.append(
+                spawn(command, *given, stderr=str(tmp_path / "said"), prepare=partial(hook_command, tmp_path / "hooks"))
+            )
 
     summary = extract_on(ClusterConfig(slurm=1, sbatch=SBATCH), config, start)
     jobs[0].join(60)
