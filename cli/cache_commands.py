@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli.cluster_commands import Devices, Sbatch, Scheduler, Slurm, workers_asked_for
 from cli.output import ProgressLine, duration, size, table
 from sami_cache.store.places import parse_place
 
@@ -37,7 +38,10 @@ SHOWN = 10
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file to `app`."""
-    app.command(epilog="Example: `sami-cache extract --teacher vit_h --weights sam_vit_h_4b8939.pth --data photos/`")(extract)
+    app.command(
+        epilog="Examples: `sami-cache extract --teacher vit_h --weights sam_vit_h_4b8939.pth --data photos/`; on all GPUs of "
+        "this machine: `... --devices auto`; by 16 SLURM jobs: `... --slurm 16 --sbatch '-p gpu --gres=gpu:1 --time=12:00:00'`"
+    )(extract)
     app.command(epilog="Example: `sami-cache verify --deep && sami-cache verify --audit 16`")(verify)
     app.command(epilog="Example: `sami-cache diff monday.zarr tuesday.zarr`")(diff)
 
@@ -82,6 +86,10 @@ def extract(
     shard_samples: Annotated[int | None, typer.Option(help="Samples a shard, a power of two. Default: 17 to 34 MB.")] = None,
     source_kind: Annotated[str | None, typer.Option(help="folder, tar or parquet, where --data holds several.")] = None,
     device: Device = "auto",
+    devices: Devices = None,
+    scheduler: Scheduler = None,
+    slurm: Slurm = None,
+    sbatch: Sbatch = None,
     attention: Annotated[
         str,
         typer.Option(help="How a SAM attends, the same but for rounding: timm, folded or flex. auto: on CUDA the fastest."),
@@ -137,9 +145,15 @@ def extract(
         trust_images=trust_images,
         weights_sha256=weights_sha256,
     )
+    several = workers_asked_for(devices, scheduler, slurm, sbatch, plan=plan)
     with ProgressLine(quiet=as_json) as line:
         outlook = planning.plan(config, line.extraction) if plan else None
-        summary = stage.extract(config, line.extraction) if outlook is None else None
+        if several is not None:
+            from pipelines.cluster import extract_on
+
+            summary = extract_on(several, config, line.extraction)
+        else:
+            summary = stage.extract(config, line.extraction) if outlook is None else None
     if outlook is not None:
         _print_plan(outlook, as_json)
     elif summary is not None:

@@ -13,6 +13,7 @@ import typer
 import sami_cache
 from cli import (
     cache_commands,
+    cluster_commands,
     demo_commands,
     evaluate_commands,
     export_commands,
@@ -37,6 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 cache_commands.register(app)
+cluster_commands.register(app)
 inspect_command.register(app)
 join_commands.register(app)
 train_commands.register(app)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pipelines.jobs import Progress
 
 STAGES = {
+    "wait": "waiting for a worker",
     "check": "checking committed images",
     "copy": "copying what is there",
     "fit": "fitting the codec",
@@ -76,9 +77,19 @@ class ProgressLine:
             print(text, file=sys.stderr, flush=True)
         self._last, self._stage = now, stage
 
+    def note(self, text: str) -> None:
+        """Say something above the line."""
+        if not self.quiet:
+            print(f"{chr(10) if self._open else ''}{text}", file=sys.stderr, flush=True)
+            self._open, self._stage = False, None
+
     def extraction(self, progress: "Progress") -> None:
         """Show a moment of an extraction."""
-        parts = [f"{STAGES[progress.stage]} {progress.done}/{progress.total}"]
+        if progress.note:
+            self.note(progress.note)
+        parts = [f"{STAGES[progress.stage]} {progress.done}/{progress.total}" if progress.total else STAGES[progress.stage]]
+        if progress.workers is not None:
+            parts.append(f"{progress.workers} workers")
         if progress.per_second:
             parts.append(f"{progress.per_second:.1f} images/s")
         if progress.eta_seconds:

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -77,6 +78,8 @@ class Embedder:
     workers: int
     compiled: str | None = None
     """A mode of torch.compile for the teacher, None to run it as it is."""
+    turn: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    """Held while the teacher is at work: who waits for it has the first images decoded when it comes."""
 
     def identity(self) -> dict[str, Any]:
         """The part of a cache's identity that this decides."""
@@ -104,9 +107,10 @@ class Embedder:
         that computing it again gives the same bits on the same machine.
         """
         launched: deque[tuple[_Made, Pending]] = deque()
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool, ExitStack() as held:
             ahead = deque(self._submit(pool, batch) for batch in batches[:DECODED_AHEAD])
             try:
+                held.enter_context(self.turn)
                 for position in range(len(batches)):
                     packed, images = ahead.popleft()
                     made = [pair for image in images for pair in image.result()]

@@ -14,16 +14,15 @@ import pyarrow.compute as pc
 from pipelines import growing
 from pipelines.embedding import Embedded
 from pipelines.jobs import ExtractConfig, Job, Progress, how_to_go_on, prepare_job
-from pipelines.plan import RESERVE_BYTES, check_space, free_space, measure
+from pipelines.plan import check_space, measure
 from pipelines.sources import check_images, committed_sources
-from sami_cache.errors import DiskFullError
+from pipelines.tally import Committed, Tally
 from sami_cache.processes import Interrupted, StopSignal
 from sami_cache.store.cache import Cache
 from sami_cache.store.commits import OK
 from sami_cache.store.creation import create_cache
-from sami_cache.store.files import size_of
 from sami_cache.store.places import AnyPath, local_only
-from sami_cache.store.writing import Commit, seal_cache, write_shard
+from sami_cache.store.writing import seal_cache, write_shard
 
 
 @dataclass(kw_only=True)
@@ -70,43 +69,67 @@ def extract(config: ExtractConfig, on_progress: Callable[[Progress], None] = lam
     """
     started = time.perf_counter()
     with StopSignal(lambda: how_to_go_on(config.cache), config.grace) as stop:
-        growing.settle(config.cache)
-        job = prepare_job(config)
-        if job.cache is not None and not config.trust_images:
-            _check_committed(job, job.cache, on_progress)
-        if job.cache is None:
-            outlook = measure(job, on_progress)
-            check_space(outlook, config.cache)
-            job.cache = create_cache(config.cache, **job.head(outlook.codec))
-        cache = job.cache
-        if job.added:
-            local_only(config.cache, f"{job.added} images were added, and to grow a cache")
-        grown = growing.grow(job, cache, on_progress, stop) if job.added else 0
-        cache = Cache(growing.growing_place(job)) if job.added else cache
-        committed = set(cache.committed())
-        missing = [shard for shard in range(cache.shards) if shard not in committed]
+        job, cache, grown = begin(config, on_progress, stop)
+        missing = missing_shards(cache)
         commits = run_shards(job, cache, missing, on_progress, stop) if missing else []
-        on_progress(Progress(stage="seal", done=cache.samples, total=cache.samples))
-        root = seal_cache(cache)
-        before = growing.settle(config.cache)
-        cache = Cache(config.cache)
+        return finish(config.cache, cache, commits, grown, started, on_progress)
+
+
+def begin(config: ExtractConfig, on_progress: Callable[[Progress], None], stop: StopSignal) -> tuple[Job, Cache, int]:
+    """All that comes before the shards: check, or fit and create, or grow.
+
+    Returns the job, the cache whose missing shards are to be extracted, and how many samples were on the way.
+    """
+    growing.settle(config.cache)
+    job = prepare_job(config)
+    if job.cache is not None and not config.trust_images:
+        _check_committed(job, job.cache, on_progress)
+    if job.cache is None:
+        outlook = measure(job, on_progress)
+        check_space(outlook, config.cache)
+        job.cache = create_cache(config.cache, **job.head(outlook.codec))
+    if not job.added:
+        return job, job.cache, 0
+    local_only(config.cache, f"{job.added} images were added, and to grow a cache")
+    grown = growing.grow(job, job.cache, on_progress, stop)
+    return job, Cache(growing.growing_place(job)), grown
+
+
+def missing_shards(cache: Cache) -> list[int]:
+    committed = set(cache.committed())
+    return [shard for shard in range(cache.shards) if shard not in committed]
+
+
+def finish(
+    path: AnyPath,
+    cache: Cache,
+    commits: list[Committed],
+    grown: int,
+    started: float,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> Summary:
+    """Seal a cache whose shards are all committed, put it in the place `path` if it is a grown one, and sum up."""
+    on_progress(Progress(stage="seal", done=cache.samples, total=cache.samples))
+    root = seal_cache(cache)
+    before = growing.settle(path)
+    cache = Cache(path)
     lost = cache.manifest(root, ["key", "status", "error", "energy", "clipped"])
     failed = lost.filter(pc.field("status") != OK)
     energy, clipped = lost["energy"].drop_null().to_numpy(), lost["clipped"].drop_null().to_numpy()
     return Summary(
-        cache=config.cache,
+        cache=path,
         root=root,
-        samples_done=grown + sum(len(cache.shard_samples(commit.record.shard)) for commit in commits if commit.won),
+        samples_done=grown + sum(commit.samples for commit in commits if commit.won),
         seconds=time.perf_counter() - started,
         bytes=cache.size_on_disk(),
         failures=list(zip(failed["key"].to_pylist(), failed["status"].to_pylist(), strict=True)),
         error=float(np.average(lost["error"].drop_null().to_numpy(), weights=energy)) if energy.any() else None,
         asked=cache.codec.error,
         fit_samples=cache.codec.fit_samples,
-        fit_images=job.codec_settings["fit_images"],
+        fit_images=cache.identity["codec"]["fit_images"],
         clipped=(int(clipped.sum()), int((clipped > 0).sum())),
         other_writers=sum(not commit.won for commit in commits),
-        differences=[commit.record.shard for commit in commits if not commit.same],
+        differences=[commit.shard for commit in commits if not commit.same],
         before=before,
     )
 
@@ -125,89 +148,58 @@ def _check_committed(job: Job, cache: Cache, on_progress: Callable[[Progress], N
 
 def run_shards(
     job: Job, cache: Cache, missing: list[int], on_progress: Callable[[Progress], None], stop: StopSignal
-) -> list[Commit]:
+) -> list[Committed]:
     """Extract and commit these shards; they are written in the background while the teacher works on the next ones.
 
     With 16 workers four at a time: compressing and checking a sample of SAM's takes 7 ms of a core at a grid of 32, which is
     more than the faster teachers take for one on a GPU.
     """
-    started = time.perf_counter()
-    before = cache.samples - sum(len(cache.shard_samples(shard)) for shard in missing)
-    progress = Progress(stage="extract", done=before, total=cache.samples, bytes=cache.size_on_disk())
-    fresh = 0
-    commits: list[Commit] = []
-
-    pending: deque[Future[Commit]] = deque()
+    tally = Tally(cache, missing, on_progress)
+    pending: deque[Future[Committed]] = deque()
 
     def settle(left: int) -> None:
         """Wait until at most so many shards are being written."""
-        nonlocal fresh
         while len(pending) > left:
-            commit = pending.popleft().result()
-            commits.append(commit)
-            count = len(commit.record.samples)
-            fresh += count
-            progress.done += count
-            progress.bytes += sum(entry.size for entry in commit.record.files.values())
-            progress.bytes += size_of(cache.record_path(commit.record.shard))
-            progress.failures += sum(sample.status != OK for sample in commit.record.samples)
-            progress.per_second = fresh / (time.perf_counter() - started)
-            progress.eta_seconds = (progress.total - progress.done) / progress.per_second
-            progress.expected_bytes = progress.bytes / progress.done * progress.total
-            on_progress(progress)
+            tally.add(pending.popleft().result())
 
-    on_progress(progress)
-    embedder, size = job.embedder, job.embedder.batch_size
-    writers = max(1, min(4, embedder.workers // 4))
+    writers = max(1, min(4, job.embedder.workers // 4))
     stop.holding = True
     with ThreadPoolExecutor(writers, thread_name_prefix="commit") as pool:
         parts: list[Embedded] = []
         # Batches never cross shards, so that a resumed run computes the same ones.
-        runs = [cache.shard_samples(shard) for shard in missing]
-        batches = [run[start : start + size] for run in runs for start in range(0, len(run), size)]
+        batches = [batch for shard in missing for batch in shard_batches(job, cache, shard)]
         shards = iter(missing)
         shard, embedded = next(shards), 0
-        for part in embedder.embed(batches):
+        for part in job.embedder.embed(batches):
             parts.append(part)
             embedded += len(part.samples)
             left = len(cache.shard_samples(shard)) - sum(len(piece.samples) for piece in parts)
             if not left:
                 settle(writers - 1)
-                _check_room(cache, shard, progress, len(pending))
-                pending.append(pool.submit(_write, cache, shard, parts))
+                tally.check_room((1 + len(pending)) * len(cache.shard_samples(shard)))
+                pending.append(pool.submit(commit_shard, cache, shard, parts))
                 parts = []
                 shard = next(shards, -1)
             if stop.number:
-                if not left or left * (time.perf_counter() - started) / embedded > stop.seconds_left():
+                if not left or left * tally.seconds() / embedded > stop.seconds_left():
                     settle(0)
                     raise Interrupted(how_to_go_on(cache.path), stop.number)
-                progress.stage = "stop"
-                on_progress(progress)
+                tally.show("stop")
         settle(0)
     stop.holding = False
-    return commits
+    return tally.commits
 
 
-def _write(cache: Cache, shard: int, parts: list[Embedded]) -> Commit:
+def shard_batches(job: Job, cache: Cache, shard: int) -> list[range]:
+    """The sample numbers that the teacher sees together."""
+    numbers, size = cache.shard_samples(shard), job.embedder.batch_size
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+
+def commit_shard(cache: Cache, shard: int, parts: list[Embedded]) -> Committed:
+    """Write what the teacher said of all samples of a shard; `parts` is empty then."""
     embeddings = np.concatenate([part.embeddings for part in parts])
     samples = [sample for part in parts for sample in part.samples]
     jpegs = [jpeg for part in parts for jpeg in part.jpegs]
     parts.clear()  # half a gigabyte for SAM, and twice that until here
-    return write_shard(cache, shard, embeddings, samples, jpegs)
-
-
-def _check_room(cache: Cache, shard: int, progress: Progress, writing: int) -> None:
-    """Stop while there is still room for everything that is open, rather than when a write fails.
-
-    `writing`: shards that are not counted yet, because they are being written.
-    """
-    samples = len(cache.shard_samples(shard))
-    per_sample = progress.bytes / progress.done if progress.done else np.prod(cache.layout.sample_shape)
-    free = free_space(cache.path)
-    if free < (2 + writing) * samples * per_sample + RESERVE_BYTES / 8:
-        left = (progress.total - progress.done) * per_sample
-        raise DiskFullError(
-            f"{cache.path}: {free / 1e6:.0f} MB free, the next shard needs {samples * per_sample / 1e6:.0f} MB and the rest of "
-            f"the cache about {left / 1e6:.0f} MB. Stopped before the disk is full; {progress.done} of {progress.total} "
-            "samples are committed. Make room, then run the same command again."
-        )
+    return Committed.of(cache, write_shard(cache, shard, embeddings, samples, jpegs))

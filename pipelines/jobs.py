@@ -86,8 +86,8 @@ class Progress:
     """A moment of an extraction."""
 
     stage: str
-    """`check` (the images of committed shards), `copy` (what another cache holds), `fit`, `extract`, `stop` (the shard in hand
-    is finished) or `seal`."""
+    """`wait` (for a worker), `check` (the images of committed shards), `copy` (what another cache holds), `fit`, `extract`,
+    `stop` (the shard in hand is finished) or `seal`."""
     done: int = 0
     total: int = 0
     """Samples, those of earlier runs included."""
@@ -97,6 +97,10 @@ class Progress:
     bytes: int = 0
     expected_bytes: float = 0.0
     failures: int = 0
+    workers: int | None = None
+    """Processes that extract, where there are several."""
+    note: str = ""
+    """Something to be said once."""
 
 
 @dataclass

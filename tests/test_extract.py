@@ -22,6 +22,7 @@ from PIL import Image
 
 import pipelines.extract
 import pipelines.plan
+import pipelines.tally
 from pipelines.embedding import Embedder, ViewMode
 from pipelines.extract import extract
 from pipelines.jobs import ExtractConfig
@@ -380,7 +381,7 @@ def test_a_full_disk_is_refused_before_and_stopped_during(photos, extracted, tmp
     assert not (tmp_path / "c.zarr").exists()
     monkeypatch.undo()
     room = iter([1 << 40, 1 << 40, 1_000_000])
-    monkeypatch.setattr(pipelines.extract, "free_space", lambda path: next(room, 1_000_000))
+    monkeypatch.setattr(pipelines.tally, "free_space", lambda path: next(room, 1_000_000))
     with pytest.raises(DiskFullError, match=r"Stopped before the disk is full; 32 of 73 samples are committed"):
         extract(target)
     monkeypatch.undo()

@@ -46,6 +46,8 @@ class RemotePath:
         """Itself: a URL means the same everywhere."""
         return self
 
+    absolute = resolve
+
 
 AnyPath = Path | RemotePath
 
