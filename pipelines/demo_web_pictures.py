@@ -314,7 +314,7 @@ def bits(mask: np.ndarray) -> str:
 
     Always as long, unlike runs: of a ragged mask, as a model gives it where nothing is clear, these are ten times longer.
     """
-    return base64.b64encode(np.packbits(mask)).decode()
+    return base64.b64encode(np.packbits(mask).tobytes()).decode()
 
 
 def runs(values: np.ndarray) -> list[int]:
