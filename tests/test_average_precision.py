@@ -29,9 +29,10 @@ def random_set(seed: int) -> tuple[list[dict], list[dict], list[dict]]:
     """Images, objects, detections: near objects, beside them, twice, of other categories; 350 in the first image."""
     rng = np.random.default_rng(seed)
     kinds = [category["id"] for category in CATEGORIES]
-    images, truth, found = [], [], []
+    images: list[dict[str, Any]] = []
+    truth, found = [], []
     for number in range(10):
-        image = {"id": 10 + number, "width": SIDE, "height": SIDE}
+        image: dict[str, Any] = {"id": 10 + number, "width": SIDE, "height": SIDE}
         # The last category has no object, and the last image has none at all.
         boxes = [(int(rng.choice(kinds[:-1])), rectangle(rng)) for _ in range(rng.integers(3, 9) if number < 9 else 0)]
         present = sorted({kind for kind, _ in boxes})
