@@ -15,9 +15,10 @@ from promptable import Trio, trio
 from sami_cache.errors import ImageError, SamiCacheError
 from sami_cache.inference import mask_generator
 from sami_cache.inference.mask_generation import MaskGenerationPipeline
-from sami_cache.inference.mask_generator import MaskGenerator, MaskGeneratorConfig, decode_mask
+from sami_cache.inference.mask_generator import MaskGenerator, MaskGeneratorConfig
 from sami_cache.inference.predictor import SamPredictor
 from sami_cache.inference.regions import remove_small_regions
+from sami_cache.inference.rle import decode_mask
 from sami_cache.models.segment_anything import SegmentAnything, SegmentAnythingConfig
 
 SIZE = 128

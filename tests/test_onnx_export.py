@@ -16,7 +16,7 @@ from cli.main import app
 from pipelines.export_onnx import ExportOnnxConfig, best_first, export_onnx
 from sami_cache.errors import DiskFullError, SamiCacheError
 from sami_cache.inference.onnx_export import export_decoder, export_encoder
-from sami_cache.inference.onnx_variants import agreement, mask_iou
+from sami_cache.inference.onnx_variants import agreement
 from sami_cache.models.segment_anything import SegmentAnything, SegmentAnythingConfig
 from sami_cache.models.segment_anything_weights import save_segment_anything
 
@@ -295,11 +295,6 @@ def test_an_encoder_that_no_file_holds_is_refused(model):
 
 
 def test_agreement_is_the_iou_of_the_masks(model):
-    masks = torch.zeros(3, 4, 4, dtype=torch.bool)
-    others = masks.clone()
-    masks[0, :2], others[0, 1:3] = True, True
-    masks[1, 0, 0] = True
-    assert mask_iou(masks, others).tolist() == pytest.approx([1 / 3, 0, 1])
     embeddings = [torch.randn(1, 256, GRID, GRID), torch.randn(1, 256, GRID, GRID)]
     assert agreement(model, embeddings, embeddings, [(100, 300), (200, 50)]) == (1, 1, 32)
     other = agreement(model, embeddings, embeddings[::-1], [(100, 300), (200, 50)])
