@@ -34,7 +34,7 @@ from sami_cache.models.students import SAMI, KeysValues, create_encoder
 from sami_cache.models.teachers import load_teacher
 from sami_cache.order import random_words
 from sami_cache.probing import knn_accuracy, linear_accuracy
-from sami_cache.processes import keep_freed_memory
+from sami_cache.processes import choose_device, keep_freed_memory
 from sami_cache.samples import CacheSamples, SourceSamples
 from sami_cache.store.cache import Cache
 from sami_cache.store.files import digest
@@ -120,7 +120,7 @@ class Place:
 
     @property
     def torch_device(self) -> torch.device:
-        return torch.device(self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        return choose_device(self.device)
 
     def folder(self, arm: str, seed: int) -> Path:
         return self.work / self.judge / arm / str(seed)

@@ -55,6 +55,7 @@ def export_onnx(
     cpus = f"{len(os.sched_getaffinity(0))}-core {platform.machine()}"
     typer.echo(
         f"onnxruntime and torch on {result.photographs} photographs: logits differ by at most {result.logit_difference:.2g} "
-        f"(largest logit {result.largest_logit:.3g}), embeddings by {result.embedding_difference:.2g}. Times: median of "
+        f"(largest logit {result.largest_logit:.3g}), embeddings by {result.embedding_difference:.2g}, "
+        f"and relatively by {result.resizing_difference:.2g} where the graph resizes the photographs. Times: median of "
         f"{runs} on {cpus}, one picture, one click; torch's encoder: {result.milliseconds_torch:.0f} ms."
     )

@@ -5,12 +5,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
 from pipelines.demo_web_pictures import Pictures
 from pipelines.demo_web_server import DemoServer
 from pipelines.promptable import open_promptable
 from sami_cache.errors import SamiCacheError, one_line
+from sami_cache.processes import choose_device
 
 
 def demo_web(
@@ -26,8 +25,7 @@ def demo_web(
 
     Raises SamiCacheError where the model cannot be opened or the address cannot be had.
     """
-    chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    model = open_promptable(run_or_checkpoint, chosen)
+    model = open_promptable(run_or_checkpoint, choose_device(device))
     config = model.config
     about = f"{one_line(run_or_checkpoint.name, 60)} · {config.encoder}, {config.family}, {config.image_size} px"
     try:

@@ -19,8 +19,9 @@ from PIL import Image
 
 from sami_cache.data.images import decode_image
 from sami_cache.errors import SamiCacheError
-from sami_cache.inference.mask_generator import MaskGenerator, MaskGeneratorConfig, decode_mask
+from sami_cache.inference.mask_generator import MaskGenerator, MaskGeneratorConfig
 from sami_cache.inference.predictor import SamPredictor
+from sami_cache.inference.rle import decode_mask
 from sami_cache.models.segment_anything import Masks, SegmentAnything
 
 

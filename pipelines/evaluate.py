@@ -26,12 +26,12 @@ from sami_cache.inference.average_precision import (
     average_precision,
     best_boxes,
     read_boxes,
-    to_rle,
 )
 from sami_cache.inference.measuring import BoxItself, ModelSegmenter, Segmenter, measure_objects, segment_boxes
 from sami_cache.inference.protocols import MAX_CLICKS, Protocol
+from sami_cache.inference.rle import encode_mask
 from sami_cache.models.segment_anything import EFFICIENTSAM_POINTS, SegmentAnything
-from sami_cache.processes import StopSignal
+from sami_cache.processes import StopSignal, choose_device
 from sami_cache.store.files import disk_full_as_error, fsync_directory, write_durably
 
 BOX_BASELINE = "the box itself as the mask"
@@ -105,9 +105,7 @@ def _measure(
     total = len(annotations) if config.limit is None else min(config.limit, len(annotations))
     truth, boxes = _read_detector(config, annotations)
     style = _style(config, truth) if truth else None
-    device = torch.device(
-        "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
-    )
+    device = choose_device(config.device)
     if model is None and config.model is not None:
         model = open_promptable(config.model, device)
     segmenter: Segmenter = BoxItself() if model is None else ModelSegmenter(model)
@@ -195,7 +193,7 @@ class _Tally:
             masks = segment_boxes(self._segmenter, corners, self._protocol)
             for box, mask in zip(boxes, masks, strict=True):
                 about = {key: box[key] for key in ("image_id", "category_id")}
-                self.detections.append({**about, "segmentation": to_rle(mask), "score": box["score"]})
+                self.detections.append({**about, "segmentation": encode_mask(mask), "score": box["score"]})
             self.boxes += boxes
 
     def rows(self) -> list[dict[str, Any]]:

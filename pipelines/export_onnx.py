@@ -38,6 +38,9 @@ PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.pn
 MOST_PHOTOGRAPHS = 20
 TOLERANCE = 1e-3
 """Of the logits, relative to the largest one (or 1)."""
+RESIZING_TOLERANCE = 0.01
+"""Of the embedding of a picture that the graph itself resized, relative, by norms. Single pixels that two resizers round
+differently come to 0.001 at most; the picture resized by another rule, without antialiasing, is 0.03 to 0.26 off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,8 @@ class ExportOnnxResult:
     embedding_difference: float
     logit_difference: float
     """Largest absolute one, of all masks at the photographs' resolution."""
+    resizing_difference: float
+    """Largest one of the embeddings of photographs at their own size, which the graph resizes: relative, by norms."""
     largest_logit: float
     photographs: int
     milliseconds_torch: float
@@ -147,12 +152,18 @@ def _measure(
 ) -> ExportOnnxResult:
     sessions = {name: _session(folder / name) for name in names}
     differences = [_compare(model, config, sessions, photograph) for photograph in photographs]
-    embeddings_off, logits, largest = np.max(differences, axis=0).tolist()  # NaN if one is NaN, unlike Python's max
+    embeddings_off, resizing, logits, largest = np.max(differences, axis=0).tolist()  # NaN if one is, unlike Python's max
     allowed = TOLERANCE * max(1.0, largest)
     if not logits <= allowed:  # NaN is not
         raise SamiCacheError(
             f"the masks of the ONNX files differ from torch's by {logits:.2g} in logits of up to {largest:.2g}: expected at "
             f"most {allowed:.2g}. Nothing was written. Try other versions of torch and onnxruntime, and report it."
+        )
+    if not resizing <= RESIZING_TOLERANCE:
+        raise SamiCacheError(
+            "the ONNX encoder does not resize as torch does: embeddings of photographs of other sizes than the model's differ "
+            f"by {resizing:.2g}, relative; expected at most {RESIZING_TOLERANCE}. Nothing was written. Try other versions of "
+            "torch and onnxruntime, and report it."
         )
     embeddings: dict[str, list[Tensor]] = {}
     files = []
@@ -180,6 +191,7 @@ def _measure(
         files=files,
         embedding_difference=embeddings_off,
         logit_difference=logits,
+        resizing_difference=resizing,
         largest_logit=largest,
         photographs=len(photographs),
         milliseconds_torch=1000 * torch_seconds,
@@ -189,11 +201,16 @@ def _measure(
 @torch.inference_mode()
 def _compare(
     model: SegmentAnything, config: ExportOnnxConfig, sessions: dict[str, Any], photograph: _Photograph
-) -> tuple[float, float, float]:
-    """Largest difference of the embeddings and of the logits, and the largest logit, of two clicks and a box."""
+) -> tuple[float, float, float, float]:
+    """Of one photograph: how far the embedding is off, also with the graph's own resizing, and logits; and the largest logit.
+
+    The first and third are largest absolute differences, the logits those of two clicks and a box; the second is relative.
+    """
     shown = photograph.as_input(model)
     expected = model.encode(model.preprocess(shown.pixels)[None])
     got = sessions["encoder.onnx"].run(None, shown.feed())[0]
+    resized = sessions["encoder.onnx"].run(None, photograph.feed())[0]
+    own = model.encode(model.preprocess(photograph.pixels)[None]).numpy()
     height, width = photograph.size
     corners = torch.tensor([[[0.4, 0.4], [0.7, 0.2]], [[0.2, 0.3], [0.8, 0.9]]])[None] * torch.tensor([width, height])
     labels = torch.tensor([[[1, 0], [2, 3]]])
@@ -203,7 +220,8 @@ def _compare(
     feed = (got, corners.numpy(), labels.numpy().astype(np.float32), np.array(photograph.size))
     masks, predicted, _ = sessions["decoder.onnx"].run(list(DECODER_OUTPUTS), dict(zip(DECODER_INPUTS, feed, strict=True)))
     logit = float(np.max([np.abs(masks - picture).max(), np.abs(predicted - iou.numpy()).max()]))
-    return float(np.abs(got - expected.numpy()).max()), logit, float(np.abs(picture).max())
+    resizing = float(np.linalg.norm(resized - own) / np.linalg.norm(own))
+    return float(np.abs(got - expected.numpy()).max()), resizing, logit, float(np.abs(picture).max())
 
 
 def best_first(masks: Masks) -> Masks:

@@ -19,6 +19,7 @@ from sami_cache.errors import SamiCacheError
 from sami_cache.inference.average_precision import Truth
 from sami_cache.models.detector import Detector
 from sami_cache.models.pyramid import CHANNELS, GLOBAL_BLOCKS, WINDOW, SimpleFeaturePyramid, layer_scale
+from sami_cache.processes import choose_device
 from sami_cache.steps import PictureSteps
 from sami_cache.store.files import write_durably
 from sami_cache.tasks.detection import DetectionTask, JitterConfig, category_of, examples, scores
@@ -164,7 +165,7 @@ def evaluate_detection(
     """
     if out is not None and out.exists():
         raise SamiCacheError(f"{out} is there: nothing was overwritten. Remove it, or write to another file with --out")
-    place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    place = choose_device(device)
     model, settings = open_detector(run, place)
     annotations = _open(data, images)
     categories = [int(category) for category in settings["categories"]]

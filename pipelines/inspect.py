@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from sami_cache.errors import DamageError
 from sami_cache.store.cache import Cache
@@ -130,7 +129,9 @@ def _labels(cache: Cache, measured: Measured, rows: np.ndarray, name: str, value
 
 
 def _equal(texts: pa.ChunkedArray, text: str) -> np.ndarray:
-    return pc.call_function("equal", [texts, text]).to_numpy().astype(bool)
+    # Not by pyarrow.compute: its threads, with torch's in the process, can end it by SIGABRT. A part at a time, as objects.
+    parts = (np.asarray(part.to_numpy(zero_copy_only=False) == text) for part in texts.chunks)
+    return np.concatenate([np.zeros(0, bool), *parts])
 
 
 def _reasons(measured: Measured, failed: np.ndarray) -> dict[str, Any]:

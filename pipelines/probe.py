@@ -19,6 +19,7 @@ from sami_cache.features import read_features, save_features
 from sami_cache.models.teachers import Teacher, load_teacher
 from sami_cache.models.weights import state_digest
 from sami_cache.probing import TEMPERATURE, K, bootstrap_interval, fit_linear, knn_predictions
+from sami_cache.processes import choose_device
 from sami_cache.steps import prepared
 from sami_cache.store.files import canonical_json, digest
 
@@ -141,8 +142,7 @@ def probe(config: ProbeConfig, say: Callable[[str], None] = lambda text: None) -
     own = bool(config.weights or config.student)
     if own == bool(config.teacher):
         raise SamiCacheError("give what is to be probed: RUN_OR_WEIGHTS, or --student NAME (untrained), or --teacher NAME")
-    chosen = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(chosen)
+    device = choose_device(config.device)
     train = LabelledPictures(open_source(config.train))
     test = LabelledPictures(open_source(config.test), train)
     subject: Subject = (TeacherSubject if config.teacher else StudentSubject)(config, device)

@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from pipelines.promptable import open_promptable
 from sami_cache.data.images import decode_image
 from sami_cache.errors import ImageError, SamiCacheError
-from sami_cache.inference.mask_generator import MaskGenerator, MaskGeneratorConfig, decode_mask, encode_mask
+from sami_cache.inference.checked_prompts import Prompts, check_prompts
+from sami_cache.inference.mask_generator import MaskGenerator, MaskGeneratorConfig
 from sami_cache.inference.overlay import draw_masks, draw_prompts
 from sami_cache.inference.predictor import SamPredictor
-from sami_cache.inference.prompts import Prompts, check_prompts
+from sami_cache.inference.rle import decode_mask, encode_mask
+from sami_cache.processes import choose_device
 
 MASKS, OVERLAY = "masks.json", "overlay.jpg"
 
@@ -61,8 +62,7 @@ def segment(config: SegmentConfig) -> Segmented:
         raise SamiCacheError(f"asked for {what}: give points or boxes (--point x,y, --box x0,y0,x1,y1), or --everything.")
     image = _read(config.image)
     prompts = None if config.everything else _prompts(config, *image.shape[:2])
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    predictor = SamPredictor(open_promptable(config.model, device))
+    predictor = SamPredictor(open_promptable(config.model, choose_device(config.device)))
     _prepare(config.out, overwrite=config.overwrite)
     if config.everything:
         found = MaskGenerator(predictor, config.everything).generate(image)

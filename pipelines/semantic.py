@@ -18,6 +18,7 @@ from sami_cache.data.class_masks import ClassLabels, MaskedPictures
 from sami_cache.errors import SamiCacheError
 from sami_cache.models.pyramid import SimpleFeaturePyramid
 from sami_cache.models.semantic import Mask2Former, Mask2FormerShape
+from sami_cache.processes import choose_device
 from sami_cache.tasks.semantic import Normalise, SemanticTask, Viewing, figures
 
 
@@ -75,7 +76,7 @@ def evaluate_semantic(
     """
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SamiCacheError(f"{out} is there: nothing was overwritten. Remove it, or write to another folder with --out")
-    place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    place = choose_device(device)
     opened, pictures = open_semantic(run, place), MaskedPictures(data, masks)
     own, classes = opened.own, opened.classes
     task = SemanticTask(

@@ -24,6 +24,11 @@ GRACE = 20.0
 """Seconds to finish what is in hand after a signal: schedulers send SIGKILL 30 seconds after SIGTERM, if not later."""
 
 
+def choose_device(name: str = "auto") -> torch.device:
+    """The device of this name; `auto`: CUDA where there is one, else the CPU."""
+    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
 @contextmanager
 def distributed(device: str = "auto") -> Iterator[torch.device]:
     """The device to train on; under torchrun also the process group (nccl on CUDA, gloo on the CPU) while the block runs.
@@ -32,7 +37,7 @@ def distributed(device: str = "auto") -> Iterator[torch.device]:
     of the ranks (see peers.py). Leave such a process with `peers.leave`.
     """
     keep_freed_memory()
-    chosen = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    chosen = choose_device(device)
     if chosen.type == "cuda":
         chosen = chosen if chosen.index is not None else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if chosen.index >= torch.cuda.device_count():

@@ -183,6 +183,15 @@ def uniform_points(mask: np.ndarray, count: int, rng: np.random.Generator) -> np
     return np.stack([columns, rows], axis=1)
 
 
+def clicks_of(found: Object, mask: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """int [count, 2]: the uniform points by which an object is asked for wherever answers are scored.
+
+    A function of (seed, image id, annotation id) alone, so that no other object, nor the order, changes a point.
+    """
+    rng = np.random.default_rng([seed, found.image_id % 2**64, found.annotation_id % 2**64])
+    return uniform_points(mask, count, rng)
+
+
 def noisy_box(box: np.ndarray, config: PromptConfig, rng: np.random.Generator) -> np.ndarray:
     """Corners [2, 2] of the input with noise on each coordinate, in order."""
     noise = rng.normal(size=(2, 2)) * config.box_noise * (box[1] - box[0])

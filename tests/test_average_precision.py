@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from lvis_reference import lvis_numbers
 
-from sami_cache.inference.average_precision import average_precision, best_boxes, to_rle
+from sami_cache.inference.average_precision import average_precision, best_boxes
+from sami_cache.inference.rle import encode_mask
 
 SIDE = 160
 CATEGORIES = [{"id": 3 * n + 2, "name": f"kind {n}", "frequency": "rcf"[n % 3]} for n in range(7)]
@@ -29,9 +30,10 @@ def random_set(seed: int) -> tuple[list[dict], list[dict], list[dict]]:
     """Images, objects, detections: near objects, beside them, twice, of other categories; 350 in the first image."""
     rng = np.random.default_rng(seed)
     kinds = [category["id"] for category in CATEGORIES]
-    images, truth, found = [], [], []
+    images: list[dict[str, Any]] = []
+    truth, found = [], []
     for number in range(10):
-        image = {"id": 10 + number, "width": SIDE, "height": SIDE}
+        image: dict[str, Any] = {"id": 10 + number, "width": SIDE, "height": SIDE}
         # The last category has no object, and the last image has none at all.
         boxes = [(int(rng.choice(kinds[:-1])), rectangle(rng)) for _ in range(rng.integers(3, 9) if number < 9 else 0)]
         present = sorted({kind for kind, _ in boxes})
@@ -60,14 +62,14 @@ def ours(images: list[dict], truth: list[dict], found: list[dict]) -> dict[str, 
             "id": number,
             "image_id": one["image_id"],
             "category_id": one["category_id"],
-            "segmentation": to_rle(one["mask"]),
+            "segmentation": encode_mask(one["mask"]),
             "area": int(one["mask"].sum()),
             "bbox": [0, 0, 1, 1],
             "iscrowd": 0,
         }
         for number, one in enumerate(truth, 1)
     ]
-    detections = [one | {"segmentation": to_rle(one["mask"])} for one in found]
+    detections = [one | {"segmentation": encode_mask(one["mask"])} for one in found]
     kept = []
     for image in images:
         kept += best_boxes([one for one in detections if one["image_id"] == image["id"]], "lvis")

@@ -26,8 +26,9 @@ from pipelines.demo_web import demo_web
 from pipelines.demo_web_pictures import Limits, Pictures, Refused, Worker, bits, runs
 from pipelines.demo_web_server import PAGE, DemoServer
 from sami_cache.errors import SamiCacheError
-from sami_cache.inference.mask_generator import MaskGenerator, MaskGeneratorConfig, decode_mask
+from sami_cache.inference.mask_generator import MaskGenerator, MaskGeneratorConfig
 from sami_cache.inference.predictor import SamPredictor
+from sami_cache.inference.rle import decode_mask
 from sami_cache.models.segment_anything import SegmentAnything, SegmentAnythingConfig
 from sami_cache.models.segment_anything_weights import save_segment_anything
 

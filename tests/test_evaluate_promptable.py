@@ -27,7 +27,7 @@ from pipelines.evaluation_text import evaluation_text
 from pipelines.published import PUBLISHED_AP, PUBLISHED_MIOU
 from sami_cache.data.annotations import open_annotations
 from sami_cache.errors import SamiCacheError
-from sami_cache.inference.average_precision import Truth, average_precision, best_boxes, to_rle
+from sami_cache.inference.average_precision import Truth, average_precision, best_boxes
 from sami_cache.inference.measuring import Answers, BoxItself, ModelSegmenter, Segmenter, measure_objects, segment_boxes
 from sami_cache.inference.protocols import (
     PROTOCOLS,
@@ -36,6 +36,7 @@ from sami_cache.inference.protocols import (
     mask_iou,
     next_click,
 )
+from sami_cache.inference.rle import encode_mask
 from sami_cache.models.segment_anything import SegmentAnything, SegmentAnythingConfig
 from sami_cache.models.segment_anything_weights import save_segment_anything
 from sami_cache.prompts import tight_box
@@ -75,7 +76,7 @@ def photos(tmp_path_factory) -> Path:
                 continue
             x0, y0, x1, y1 = tight_box(mask)
             crowd = int(rng.random() < 0.15)
-            segmentation: object = to_rle(mask)
+            segmentation: object = encode_mask(mask)
             if crowd:
                 runs = np.flatnonzero(np.diff(np.r_[0, mask.T.ravel().astype(int), 2]) != 0)
                 segmentation = {"size": [height, width], "counts": np.diff(np.r_[0, runs]).tolist()}
@@ -286,7 +287,7 @@ def detections_of(photos: Path, detector: Path) -> tuple[dict, list[dict]]:
         mask = box_to_mask((x, y, x + w, y + h), *sizes[one["image_id"]])
         if rng.random() < 0.3:
             mask = ndimage.binary_erosion(mask)
-        found.append({key: one[key] for key in ("image_id", "category_id", "score")} | {"segmentation": to_rle(mask)})
+        found.append({key: one[key] for key in ("image_id", "category_id", "score")} | {"segmentation": encode_mask(mask)})
     return truth, found
 
 
@@ -338,7 +339,7 @@ def test_more_detections_than_count(photos):
         {
             "image_id": 104,
             "category_id": 2 + 5 * int(n % 2),
-            "segmentation": to_rle(shape(rng, *SIZES[4], 90)),
+            "segmentation": encode_mask(shape(rng, *SIZES[4], 90)),
             "score": n / 400,
         }
         for n in range(260)
@@ -396,7 +397,7 @@ def test_lvis_asks_about_what_was_looked_for_alone(photos, tmp_path):
         one["segmentation"]["counts"] = one["segmentation"]["counts"].decode()
     numbers = average_precision(dataset, perfect, style="lvis")
     assert numbers["AP"] == numbers["APr"] == numbers["APc"] == numbers["APf"] == numbers["AR300"] == pytest.approx(1)
-    picture = to_rle(np.ones(SIZES[3], bool))
+    picture = encode_mask(np.ones(SIZES[3], bool))
     # Nobody looked for bars in the picture of nothing: finding one there is not wrong. Discs are known to be absent.
     unknown = [{"image_id": 103, "category_id": 7, "segmentation": picture, "score": 0.99}]
     assert average_precision(dataset, perfect + unknown, style="lvis") == numbers

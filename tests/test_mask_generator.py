@@ -1,8 +1,11 @@
 """Everything mode: the masks of segment-anything's generator and of transformers' pipeline, at a bounded size."""
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +18,10 @@ from promptable import Trio, trio
 from sami_cache.errors import ImageError, SamiCacheError
 from sami_cache.inference import mask_generator
 from sami_cache.inference.mask_generation import MaskGenerationPipeline
-from sami_cache.inference.mask_generator import MaskGenerator, MaskGeneratorConfig, decode_mask
+from sami_cache.inference.mask_generator import MaskGenerator, MaskGeneratorConfig
 from sami_cache.inference.predictor import SamPredictor
 from sami_cache.inference.regions import remove_small_regions
+from sami_cache.inference.rle import decode_mask
 from sami_cache.models.segment_anything import SegmentAnything, SegmentAnythingConfig
 
 SIZE = 128
@@ -247,3 +251,15 @@ def test_what_is_no_picture_is_refused(models: Trio) -> None:
     for wrong in (np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3)), np.zeros((0, 5, 3), np.uint8)):
         with pytest.raises(SamiCacheError, match=r"expected a picture as uint8 \[H, W, 3\]"):
             MaskGenerator(SamPredictor(models.ours)).generate(wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sam", "efficientsam"])
+def test_everything_in_twelve_megapixels_stays_under_three_gigabytes(family: str) -> None:
+    """Libraries and model included, every mask enlarged; what the kernel says of the child that did it."""
+    script = Path(__file__).parent.parent / "benchmarks" / "everything_memory.py"
+    with subprocess.Popen([sys.executable, script, "--family", family, "--points-per-side", "4"]) as child:
+        _, status, used = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0
+    assert 1 << 19 < used.ru_maxrss < 3 * 10**9 / 1024  # KiB; less than half a GiB would not have been the child's

@@ -4,6 +4,7 @@ import builtins
 import re
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -15,7 +16,7 @@ from cli.main import app
 from pipelines.export_onnx import ExportOnnxConfig, best_first, export_onnx
 from sami_cache.errors import DiskFullError, SamiCacheError
 from sami_cache.inference.onnx_export import export_decoder, export_encoder
-from sami_cache.inference.onnx_variants import agreement, mask_iou
+from sami_cache.inference.onnx_variants import agreement
 from sami_cache.models.segment_anything import SegmentAnything, SegmentAnythingConfig
 from sami_cache.models.segment_anything_weights import save_segment_anything
 
@@ -198,6 +199,9 @@ def test_the_command_writes_checked_files_and_says_what_the_small_ones_cost(smal
     difference = re.search(r"logits differ by at most (\S+) ", done.output)
     assert difference
     assert 0 < float(difference[1]) < 1e-4
+    resizing = re.search(r"relatively by (\S+) where the graph resizes", done.output)
+    assert resizing
+    assert 0 < float(resizing[1]) < 1e-4
     feed = {"batched_images": as_floats(picture("coffee"))}
     whole, *others = (
         onnxruntime.InferenceSession(out / name).run(None, feed)[0]
@@ -223,6 +227,25 @@ def test_fp16_of_family_sam_keeps_the_pixels_whole(photographs):
     feed = {"batched_images": as_floats(picture("rocket"))}
     whole, half = (onnxruntime.InferenceSession(file).run(None, feed)[0] for file in (encoder, half_precision(encoder)))
     assert 0 < np.linalg.norm(half - whole) / np.linalg.norm(whole) < 0.005
+
+
+@pytest.mark.parametrize("family", ["sam", "efficientsam"])
+def test_files_that_resize_otherwise_never_appear(small, family, photographs, tmp_path, monkeypatch):
+    """They see pictures of the model's own size as torch does, and no others."""
+    torch.manual_seed(0)
+    save_segment_anything(SegmentAnything(SegmentAnythingConfig(family=family, depth=1)), tmp_path / "model.pt")
+
+    def spoiled(model):
+        file = onnx.load_from_string(export_encoder(model))
+        for node in file.graph.node:
+            if node.op_type == "Resize":
+                del node.attribute[:]  # by default the nearest pixel
+        return file.SerializeToString()
+
+    monkeypatch.setattr(pipelines.export_onnx, "export_encoder", spoiled)
+    with pytest.raises(SamiCacheError, match=r"of other sizes .* differ by 0\..*Nothing was written"):
+        export_onnx(ExportOnnxConfig(model=tmp_path / "model.pt", out=tmp_path / "out", images=photographs, runs=1))
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("wrong", [0.01, float("nan")])
@@ -272,11 +295,6 @@ def test_an_encoder_that_no_file_holds_is_refused(model):
 
 
 def test_agreement_is_the_iou_of_the_masks(model):
-    masks = torch.zeros(3, 4, 4, dtype=torch.bool)
-    others = masks.clone()
-    masks[0, :2], others[0, 1:3] = True, True
-    masks[1, 0, 0] = True
-    assert mask_iou(masks, others).tolist() == pytest.approx([1 / 3, 0, 1])
     embeddings = [torch.randn(1, 256, GRID, GRID), torch.randn(1, 256, GRID, GRID)]
     assert agreement(model, embeddings, embeddings, [(100, 300), (200, 50)]) == (1, 1, 32)
     other = agreement(model, embeddings, embeddings[::-1], [(100, 300), (200, 50)])

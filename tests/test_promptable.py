@@ -9,6 +9,8 @@ from PIL import Image
 
 from sami_cache.data.annotations import open_annotations
 from sami_cache.errors import SamiCacheError
+from sami_cache.inference.measuring import ModelSegmenter, measure_objects
+from sami_cache.inference.protocols import PROTOCOLS
 from sami_cache.mask_losses import iou_loss, mask_iou, mask_loss
 from sami_cache.models.segment_anything import SegmentAnythingConfig
 from sami_cache.prompts import (
@@ -338,6 +340,21 @@ def test_two_pictures_are_learnt(tmp_path):
     assert 0.7 < last["heldout_box_itself_miou"] < 0.9
     assert last["heldout_box_miou"] > logged[0]["heldout_box_miou"] + 0.2
     assert last["heldout_click_miou"] > logged[0]["heldout_click_miou"] + 0.1
+
+
+def test_what_a_run_logs_is_what_evaluation_measures(tmp_path):
+    task = make_task(tmp_path / "data")
+    with torch.no_grad():
+        logged = task.evaluate(task.model.eval())
+    annotations = open_annotations(tmp_path / "data" / "instances.json", tmp_path / "data")
+    segmenter, found = ModelSegmenter(task.model), {"1": [], "box": []}
+    for number in range(len(annotations)):
+        segmenter.set_image(annotations.read_image(number))
+        objects = [one for one in annotations.objects(number) if not one.crowd]
+        for prompt, values in measure_objects(segmenter, objects, PROTOCOLS["efficientsam"], ("1", "box")).items():
+            found[prompt] += values
+    assert logged["heldout_click_miou"] == pytest.approx(np.mean(found["1"]), abs=1e-6)
+    assert logged["heldout_box_three_miou"] == pytest.approx(np.mean(found["box"]), abs=1e-6)
 
 
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path):

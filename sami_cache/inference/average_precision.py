@@ -9,8 +9,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from faster_coco_eval.core import mask as coco_mask
 from faster_coco_eval.core.coco import COCO
 from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 
@@ -146,12 +144,6 @@ def best_boxes(boxes: list[dict[str, Any]], style: Style) -> list[dict[str, Any]
     if style == "coco":
         return boxes
     return sorted(boxes, key=lambda box: -box["score"])[: MAX_DETECTIONS["lvis"]]
-
-
-def to_rle(mask: np.ndarray) -> dict[str, Any]:
-    """A mask, bool [H, W], as COCO's compressed run lengths, fit for JSON."""
-    encoded = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
 
 
 def average_precision(

@@ -24,6 +24,7 @@ from torchvision.ops import nms
 from sami_cache.errors import SamiCacheError
 from sami_cache.inference.predictor import SamPredictor
 from sami_cache.inference.regions import remove_small_regions
+from sami_cache.inference.rle import decode_mask, encode_mask
 
 OutputMode = Literal["coco_rle", "uncompressed_rle", "binary_mask"]
 VALUES_AT_ONCE = 1 << 23
@@ -202,17 +203,6 @@ class MaskGenerator:
             "stability_score": mask.stability,
             "crop_box": _width_and_height(mask.crop),
         }
-
-
-def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """bool [H, W] as COCO's compressed RLE, fit for JSON: {"size": [H, W], "counts": str}."""
-    rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
-
-
-def decode_mask(rle: dict[str, Any]) -> np.ndarray:
-    """The other way: bool [H, W]."""
-    return coco.decode(rle).astype(bool)
 
 
 def _distinct(found: list[_Found], scores: list[float], threshold: float) -> list[_Found]:

@@ -23,7 +23,7 @@ from sami_cache.inference.protocols import (
     next_click,
 )
 from sami_cache.models.segment_anything import Masks, SegmentAnything
-from sami_cache.prompts import tight_box, uniform_points
+from sami_cache.prompts import clicks_of, tight_box
 
 CHUNK = 32
 """Queries decoded at once."""
@@ -172,8 +172,7 @@ def _make_target(one: Object, protocol: Protocol, clicks: int) -> Target | None:
     truth = one.mask()
     if not truth.any():
         return None
-    rng = np.random.default_rng([protocol.seed, one.image_id % 2**64, one.annotation_id % 2**64])
-    points = uniform_points(truth, clicks if protocol.next_points == "uniform" else 1, rng)
+    points = clicks_of(one, truth, clicks if protocol.next_points == "uniform" else 1, protocol.seed)
     if protocol.first_point == "farthest":
         points[0] = farthest_point(truth)
     return Target(truth=truth, box=tight_box(truth) if protocol.boxes == "tight" else one.box, points=points)

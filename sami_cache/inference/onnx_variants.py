@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sami_cache.inference.onnx_export import require_onnx
+from sami_cache.mask_losses import mask_iou
 from sami_cache.models.segment_anything import SegmentAnything
 
 CLICKS = 4
@@ -96,9 +97,3 @@ def clicked(model: SegmentAnything, embedding: Tensor, height: int, width: int) 
     best = logits[0, torch.arange(CLICKS**2), iou[0].argmax(dim=-1)]
     covered = (-(-side // 4) for side in model.covered(height, width))
     return best[:, : next(covered), : next(covered)] > 0
-
-
-def mask_iou(masks: Tensor, others: Tensor) -> Tensor:
-    """float [N] of two bool [N, h, w]; 1 where both are empty."""
-    shared, either = ((a.flatten(1).sum(1)) for a in (masks & others, masks | others))
-    return torch.where(either == 0, 1.0, shared / either.clamp(min=1))

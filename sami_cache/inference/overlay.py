@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import binary_erosion
 
-from sami_cache.inference.prompts import Prompts
+from sami_cache.inference.checked_prompts import Prompts
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))

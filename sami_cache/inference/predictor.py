@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sami_cache.errors import SamiCacheError
-from sami_cache.inference.prompts import Prompts, check_prompts
+from sami_cache.inference.checked_prompts import Prompts, check_prompts
 from sami_cache.models.segment_anything import Masks, SegmentAnything
 
 QUERIES_AT_ONCE = 16

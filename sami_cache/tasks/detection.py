@@ -14,7 +14,8 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from sami_cache.data.annotations import Annotations, Object
 from sami_cache.errors import SamiCacheError
-from sami_cache.inference.average_precision import Truth, average_precision, to_rle
+from sami_cache.inference.average_precision import Truth, average_precision
+from sami_cache.inference.rle import encode_mask
 from sami_cache.models.detector import LOSSES, Detections, Detector, Targets
 from sami_cache.processes import rank_and_world
 from sami_cache.prompts import tight_box
@@ -142,7 +143,7 @@ def to_results(
                 "category_id": categories[int(found.labels[number]) - 1],
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "score": float(found.scores[number]),
-                "segmentation": to_rle(mask.numpy()),
+                "segmentation": encode_mask(mask.numpy()),
             }
         )
     return results

@@ -21,7 +21,7 @@ from sami_cache.errors import SamiCacheError
 from sami_cache.mask_losses import FOCAL_WEIGHT, iou_loss, mask_iou, mask_loss
 from sami_cache.models.segment_anything import EFFICIENTSAM_POINTS, Family, Masks, SegmentAnything
 from sami_cache.processes import totals
-from sami_cache.prompts import Prompted, collate, tight_box, uniform_points
+from sami_cache.prompts import Prompted, clicks_of, collate, tight_box
 from sami_cache.steps import PictureSteps, prepared
 
 _PIXELS_AT_ONCE = 1 << 25
@@ -202,8 +202,9 @@ class PromptableTask:
         """Mean IoU over the held-out objects, crowds left out, at the pictures' own resolution.
 
         `heldout_box_miou`: asked with the true box, token 0's mask; `heldout_box_three_miou`: the same, of the three the one
-        that the decoder rates highest. `heldout_click_miou`: one point, uniform in the mask and always the same, the highest
-        rated of the three. `heldout_box_itself_miou`: the box taken as the mask.
+        that the decoder rates highest. `heldout_click_miou`: one point, uniform in the mask, the highest
+        rated of the three: points and rule of `evaluate promptable`'s "1 click" under its protocol `efficientsam`.
+        `heldout_box_itself_miou`: the box taken as the mask.
         """
         sums: dict[str, float] = dict.fromkeys(("box", "box_three", "click", "box_itself", "objects"), 0.0)
         if self.held_out is not None:
@@ -218,7 +219,6 @@ class PromptableTask:
         assert self.held_out is not None
         image = self.held_out.read_image(number)
         return _Question(
-            number=number,
             pixels=self.model.preprocess(image),  # type: ignore[operator]
             size=(image.shape[0], image.shape[1]),
             objects=[found for found in self.held_out.objects(number) if not found.crowd],
@@ -227,7 +227,6 @@ class PromptableTask:
     def _ask(self, model: Any, question: "_Question", sums: dict[str, float]) -> None:
         """Add what the model answers about one picture."""
         height, width = question.size
-        rng = np.random.default_rng((0, question.number))
         # Masks are decoded where they are needed: a hundred of a large picture take more memory than the model.
         at_once = max(1, _PIXELS_AT_ONCE // max(height * width, model.config.image_size**2))
         embeddings = model.encode(question.pixels[None].to(self.device)) if question.objects else None
@@ -243,14 +242,15 @@ class PromptableTask:
             sums[name] += float(mask_iou(pictures, true).sum())
 
         for start in range(0, len(question.objects), at_once):
-            masks = [found.mask() for found in question.objects[start : start + at_once]]
-            masks = [mask for mask in masks if mask.any()]
-            if not masks:
+            shown = [(found, found.mask()) for found in question.objects[start : start + at_once]]
+            shown = [(found, mask) for found, mask in shown if mask.any()]
+            if not shown:
                 continue
+            masks = [mask for _, mask in shown]
             true = torch.from_numpy(np.stack(masks)).to(self.device)
             box, click = (
                 ask([tight_box(mask) for mask in masks], [2, 3]),
-                ask([uniform_points(mask, 1, rng) for mask in masks], [1]),
+                ask([clicks_of(found, mask, 1, seed=0) for found, mask in shown], [1]),
             )
             add("box", box.single.logits[0], true)
             add("box_three", _highest_rated(box), true)
@@ -261,7 +261,6 @@ class PromptableTask:
 
 @dataclass(frozen=True, kw_only=True)
 class _Question:
-    number: int
     pixels: Tensor  # float32 [3, S, S]
     size: tuple[int, int]  # of the picture, height and width
     objects: list[Object]
