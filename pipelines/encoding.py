@@ -116,8 +116,8 @@ def compile_teacher(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """`maps`, or the blocks of the teacher within it, through torch.compile for one shape.
 
-    A transformer's blocks are compiled by themselves: those of a SAM are two graphs, of the windowed and the global ones,
-    where the whole of ViT-H is 32 of them in one, which takes many times as long to compile. Only a CUDA graph is made of
+    A transformer's blocks are compiled by themselves: those of a SAM make three graphs, of the first, the windowed and the
+    global ones, where the whole of ViT-H is 32 of them in one, which takes many times as long. Only a CUDA graph is made of
     the whole, because what it saves is launching.
     """
     blocks = getattr(teacher.encoder, "blocks", None)

@@ -147,6 +147,29 @@ def test_a_compiled_teacher_gives_the_same_but_for_rounding(way, precision, devi
         assert off(embeddings["plain"], exact) > 1e-4
 
 
+def test_a_kind_of_block_is_compiled_once_however_many_there_are(monkeypatch):
+    """Without the compiler behind it, which takes long: how many graphs there are is decided before."""
+    from torch._dynamo.utils import counters
+
+    real, some = nn.Module.compile, pictures(112)
+    monkeypatch.setattr(nn.Module, "compile", lambda self, mode, **settings: real(self, backend="eager", **settings))
+    expected = None
+    for mode in (None, "default"):
+        torch.manual_seed(0)
+        teacher = small_sam()
+        teacher.encoder = timm.create_model(
+            "samvit_base_patch16", embed_dim=64, num_heads=2, depth=7, global_attn_indexes=(2, 4, 6)
+        ).requires_grad_(False)
+        teacher.info, teacher._index = replace(teacher.info, channels=256), 6
+        counters.clear()
+        encoder = Encoder(teacher.eval(), grid=7, precision="float32", device=torch.device("cpu"), compiled=mode)
+        for _ in range(2):
+            found = encoder.launch(packed(encoder, some)).wait()
+        assert (expected is None) or np.array_equal(found, expected)
+        expected = found
+    assert 2 <= counters["stats"]["unique_graphs"] <= 3
+
+
 @pytest.mark.slow
 @ON_GPU
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])

@@ -123,15 +123,15 @@ def attempt(log_path: str, home: str, good: str, tasks: list[tuple[int, str, str
 def _watch_pictures(log: Log) -> None:
     prepare = Embedder._prepare
 
-    def noted(self: Embedder, image: int, views: list[int]) -> Any:
+    def noted(self: Embedder, image: int, *rest: Any) -> Any:
         key, began = self.source.keys[image], time.monotonic()
         log.write(trying=key)
         try:
-            made = prepare(self, image, views)
+            made = prepare(self, image, *rest)
         except Exception as error:
             log.write(escape=key, what=f"{type(error).__name__}: {str(error)[:200]}")
             raise
-        status = made[0].sample.status
+        status = made[0][0].status
         seconds = round(time.monotonic() - began, 1)
         if status.startswith("not enough memory"):
             log.write(escape=key, what=f"asked for more than {ADDRESS_SPACE >> 30} GiB: {status}")

@@ -22,7 +22,7 @@ from photos import photo_folder, pieces
 from safetensors.torch import save_file
 
 import pipelines.extract
-from pipelines.embedding import Embedder
+from pipelines.encoding import Encoder
 from pipelines.extract import extract
 from pipelines.jobs import ExtractConfig
 from sami_cache.data.images import decode_image
@@ -74,10 +74,10 @@ def half(tmp_path_factory):
 def idle(monkeypatch):
     """A teacher that says when it is run."""
 
-    def reached(self, prepared):
+    def reached(self, batch):
         raise Reached
 
-    monkeypatch.setattr(Embedder, "_encode", reached)
+    monkeypatch.setattr(Encoder, "launch", reached)
 
 
 def go_on(folder: Path, data: Path | None = None, **changes) -> None:

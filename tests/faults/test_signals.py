@@ -249,16 +249,18 @@ def slow_teacher(seconds: float, cache: Path, log: Path) -> None:
     """In the child: from the middle of the second shard on, batches are noted as they begin, and take so long."""
     from pipelines.embedding import Embedder
 
-    real = Embedder._encode
+    real = Embedder.embed
 
-    def slow(self, prepared):
-        keys = [item.sample.key for item in prepared]
-        if (cache / "zarr.json").exists() and Cache(cache).listing["key"].to_pylist().index(keys[0]) >= 1.5 * SHARD:
-            note(log, keys[0])
-            time.sleep(seconds)
-        return real(self, prepared)
+    def slow(self, batches):
+        parts = real(self, batches)
+        for batch in batches:
+            key = self.source.keys[batch[0]]
+            if (cache / "zarr.json").exists() and Cache(cache).listing["key"].to_pylist().index(key) >= 1.5 * SHARD:
+                note(log, key)
+                time.sleep(seconds)
+            yield next(parts)
 
-    Embedder._encode = slow
+    Embedder.embed = slow
 
 
 def slow_step(seconds: float, log: Path) -> None:
