@@ -70,8 +70,8 @@ def train(given: argparse.Namespace) -> None:
     """Train and evaluate every arm and seed; a file in WORK for each, so that several may run at once (`--arms`)."""
     given.work.mkdir(parents=True, exist_ok=True)
     parts = split(given.annotations, given.work, given.min_area)
-    scenes = draw_scenes(given.work / "scenes", given.image_size, given.scenes)
-    asked = {"max_objects": given.max_objects, "flip": True, "box_share": given.box_share, "box_noise": given.box_noise}
+    scenes = draw_scenes(given.work / "scenes", given.image_size, given.scenes, given.textures)
+    asked = {"flip": True, "box_share": given.box_share, "box_noise": given.box_noise}
     stages = {
         "scenes": {"steps": given.scene_steps, "batch_size": given.scene_batch, "lr": given.scene_lr},
         "photographs": {
@@ -81,7 +81,10 @@ def train(given: argparse.Namespace) -> None:
             "focal_weight": given.focal_weight,
         },
     }
-    prompts = {"scenes": PromptConfig(**asked), "photographs": PromptConfig(**asked, crop=given.crop)}
+    prompts = {
+        "scenes": PromptConfig(**asked, max_objects=given.scene_objects),
+        "photographs": PromptConfig(**asked, max_objects=given.max_objects, crop=given.crop),
+    }
     shared = {
         "image_size": given.image_size,
         "precision": given.precision,
@@ -136,6 +139,7 @@ def train(given: argparse.Namespace) -> None:
                     **stages,
                     "drawn": given.scenes,
                     "scene_seeds": given.scene_seeds,
+                    "scene_objects": given.scene_objects,
                 },
                 "ious": {
                     part: {rule: measure(segmenter, some, protocol) for rule, protocol in RULES.items()}
@@ -320,14 +324,16 @@ def main() -> None:
     training.add_argument("--encoder", default="vit_t", help="what RUN is")
     training.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     training.add_argument("--seeds", type=int, default=3)
-    training.add_argument("--scenes", type=int, default=2000, help="drawn ones, to learn prompts from")
+    training.add_argument("--scenes", type=int, default=1500, help="drawn ones, to learn prompts from")
+    training.add_argument("--textures", type=Path, help="photographs without annotations, to draw the scenes with")
     training.add_argument("--scene-seeds", type=int, default=1, help="an arm's models of scenes, that its seeds take in turn")
-    training.add_argument("--scene-steps", type=int, default=3000)
-    training.add_argument("--scene-lr", type=float, default=6e-4)
-    training.add_argument("--scene-batch", type=int, default=16)
-    training.add_argument("--steps", type=int, default=1280, help="on the photographs")
+    training.add_argument("--scene-steps", type=int, default=1300)
+    training.add_argument("--scene-lr", type=float, default=7e-4)
+    training.add_argument("--scene-batch", type=int, default=8)
+    training.add_argument("--scene-objects", type=int, default=8, help="of a scene in a step")
+    training.add_argument("--steps", type=int, default=320, help="on the photographs")
     training.add_argument("--batch-size", type=int, default=8)
-    training.add_argument("--lr", type=float, default=4e-4)
+    training.add_argument("--lr", type=float, default=1.5e-4)
     training.add_argument("--focal-weight", type=float, default=4, help="on the photographs; on the scenes 20, as published")
     training.add_argument("--crop", type=float, default=0.7)
     training.add_argument("--min-area", type=int, default=32**2, help="pixels; smaller objects are left out")
@@ -335,7 +341,7 @@ def main() -> None:
     training.add_argument("--box-noise", type=float, default=0.0, help="standard deviation of a box's sides, of their length")
     training.add_argument("--precision", default="bfloat16")
     training.add_argument("--image-size", type=int, default=128)
-    training.add_argument("--max-objects", type=int, default=8)
+    training.add_argument("--max-objects", type=int, default=4, help="of a photograph in a step")
     reporting = commands.add_parser("report")
     reporting.set_defaults(run=report)
     for command in (training, reporting):
