@@ -131,7 +131,7 @@ def texture(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
 
 def cut_out(height: int, width: int, rng: np.random.Generator, photographs: Sequence[np.ndarray]) -> np.ndarray:
     """float [H, W, 3]: a third to all of a side of a random photograph, mirrored or not, lighter or darker."""
-    photograph = photographs[rng.integers(len(photographs))]
+    photograph = photographs[int(rng.integers(len(photographs)))]
     sides = np.array(photograph.shape[:2])
     scale = (sides / (height, width)).min() * rng.uniform(1 / 3, 1)
     rows, columns = np.maximum(1, (scale * np.array([height, width])).astype(int))
