@@ -24,7 +24,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,17 +38,42 @@ from scipy import stats
 from pipelines.finetune_promptable import PromptableTrainingConfig, finetune_promptable
 from pipelines.promptable import open_promptable
 from sami_cache.data.annotations import Annotations, Object, open_annotations
-from sami_cache.inference.measuring import BoxItself, ModelSegmenter, Segmenter, measure_objects
-from sami_cache.inference.protocols import PROTOCOLS, mask_iou
+from sami_cache.inference.measuring import Answers, BoxItself, ModelSegmenter, Segmenter, measure_objects
+from sami_cache.inference.protocols import PROTOCOLS, box_to_mask, mask_iou
 from sami_cache.prompts import PromptConfig, tight_box
 
 TRAINED_ON = 80
 ARMS = {"taught": "pretrained student", "scratch": "the same student from scratch"}
-RULES = {"highest rated of three": "efficientsam", "token 0": "single"}
-"""Which mask counts, and the protocol that says so."""
 CURVES = {"highest rated of three": "heldout_box_three_miou", "token 0": "heldout_box_miou"}
 Ious = list[list[float]]
 """Of every object of every picture."""
+
+
+class CutToBox(ModelSegmenter):
+    """A model whose masks end where the box does that it was asked with."""
+
+    def answer(self, points: np.ndarray, labels: np.ndarray, previous: torch.Tensor | None = None) -> Answers:
+        return _CutMasks(super().answer(points, labels, previous), points.reshape(-1, 4), self._size)
+
+
+class _CutMasks(Answers):
+    def __init__(self, whole: Answers, boxes: np.ndarray, size: tuple[int, int]) -> None:
+        self._whole, self._boxes, self._size = whole, boxes, size
+        self.predicted = whole.predicted
+
+    def mask(self, query: int, token: int) -> np.ndarray:
+        return self._whole.mask(query, token) & box_to_mask(self._boxes[query], *self._size)
+
+    def low_resolution(self, tokens: Sequence[int]) -> torch.Tensor | None:
+        return self._whole.low_resolution(tokens)
+
+
+RULES: dict[str, tuple[str, type[ModelSegmenter]]] = {
+    "highest rated of three": ("efficientsam", ModelSegmenter),
+    "token 0": ("single", ModelSegmenter),
+    "highest rated, cut to the box": ("efficientsam", CutToBox),
+}
+"""Which mask counts: the protocol that says so, and what answers."""
 
 
 def split(annotations: Path, work: Path, min_area: int) -> dict[str, Path]:
@@ -73,7 +98,7 @@ def train(given: argparse.Namespace) -> None:
     scenes = draw_scenes(given.work / "scenes", given.image_size, given.scenes, given.textures)
     asked = {"flip": True, "box_share": given.box_share, "box_noise": given.box_noise}
     stages = {
-        "scenes": {"steps": given.scene_steps, "batch_size": given.scene_batch, "lr": given.scene_lr},
+        "scenes": {"batch_size": given.scene_batch, "lr": given.scene_lr},
         "photographs": {
             "steps": given.steps,
             "batch_size": given.batch_size,
@@ -107,48 +132,54 @@ def train(given: argparse.Namespace) -> None:
             run, result = given.work / f"{arm}-{seed}", given.work / f"{arm}-{seed}.json"
             if result.exists():
                 continue
-            scene_run = given.work / f"{arm}-scenes-{seed % given.scene_seeds}"
-            learnt = learn(
-                scene_run,
-                data=scenes,
-                images=scenes.parent,
-                init=given.student if arm == "taught" else None,
-                student=given.encoder,
-                prompts=prompts["scenes"],
-                seed=seed % given.scene_seeds,
-                **stages["scenes"],
-                **shared,
-            )
+            start = given.student if arm == "taught" else None
+            scene_seconds, learnt = 0.0, {}
+            for number, steps in enumerate(given.scene_steps):
+                scene_run = given.work / f"{arm}-scenes-{number}-{seed % given.scene_seeds}"
+                learnt = learn(
+                    scene_run,
+                    steps=steps,
+                    data=scenes,
+                    images=scenes.parent,
+                    init=start,
+                    student=given.encoder,
+                    prompts=prompts["scenes"],
+                    seed=100 * number + seed % given.scene_seeds,
+                    **stages["scenes"],
+                    **shared,
+                )
+                start, scene_seconds = scene_run, scene_seconds + learnt["seconds"]
             last = learn(
                 run,
                 data=parts["train"],
                 images=given.images,
                 val=parts["heldout"],
-                init=scene_run,
+                init=start,
                 prompts=prompts["photographs"],
                 seed=seed,
                 **stages["photographs"],
                 **shared,
             )
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            segmenter = ModelSegmenter(open_promptable(run, torch.device("cpu")))
+            model = open_promptable(run, torch.device("cpu"))
             found = {
                 "recipe": {
                     **shared,
                     **asdict(prompts["photographs"]),
                     **stages,
                     "drawn": given.scenes,
+                    "scene_steps": given.scene_steps,
                     "scene_seeds": given.scene_seeds,
                     "scene_objects": given.scene_objects,
                 },
                 "ious": {
-                    part: {rule: measure(segmenter, some, protocol) for rule, protocol in RULES.items()}
+                    part: {rule: measure(answers(model), some, protocol) for rule, (protocol, answers) in RULES.items()}
                     for part, some in held_out.items()
                 },
                 "curve": [line for line in lines if CURVES["token 0"] in line],
                 "iou_training": statistics.mean(line["iou_first"] for line in lines[-10:] if "iou_first" in line),
                 "iou_scenes": learnt["iou_first"],
-                "seconds": {"scenes": learnt["seconds"], "photographs": last["seconds"]},
+                "seconds": {"scenes": scene_seconds, "photographs": last["seconds"]},
             }
             _write(result, found)
     report(given)
@@ -233,7 +264,7 @@ def report(given: argparse.Namespace) -> None:
         print(f"| {name} | " + " | ".join(f"{_mean(ious[part]):.1f}" for part, _ in columns) + " |")
     for arm, runs in arms.items():
         cells = [
-            _over_seeds([100 * run["curve"][0][CURVES[rule]] for run in runs]) if part == "heldout" else "-"
+            _over_seeds([100 * run["curve"][0][CURVES[rule]] for run in runs]) if part == "heldout" and rule in CURVES else "-"
             for part, rule in columns
         ]
         print(f"| {ARMS[arm]}, before it saw a photograph | " + " | ".join(cells) + " |")
@@ -327,7 +358,9 @@ def main() -> None:
     training.add_argument("--scenes", type=int, default=1500, help="drawn ones, to learn prompts from")
     training.add_argument("--textures", type=Path, help="photographs without annotations, to draw the scenes with")
     training.add_argument("--scene-seeds", type=int, default=1, help="an arm's models of scenes, that its seeds take in turn")
-    training.add_argument("--scene-steps", type=int, default=1300)
+    training.add_argument(
+        "--scene-steps", type=int, nargs="+", default=[1300, 800], help="of one descent of the rate after another"
+    )
     training.add_argument("--scene-lr", type=float, default=7e-4)
     training.add_argument("--scene-batch", type=int, default=8)
     training.add_argument("--scene-objects", type=int, default=8, help="of a scene in a step")
