@@ -24,7 +24,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,17 +38,42 @@ from scipy import stats
 from pipelines.finetune_promptable import PromptableTrainingConfig, finetune_promptable
 from pipelines.promptable import open_promptable
 from sami_cache.data.annotations import Annotations, Object, open_annotations
-from sami_cache.inference.measuring import BoxItself, ModelSegmenter, Segmenter, measure_objects
-from sami_cache.inference.protocols import PROTOCOLS, mask_iou
+from sami_cache.inference.measuring import Answers, BoxItself, ModelSegmenter, Segmenter, measure_objects
+from sami_cache.inference.protocols import PROTOCOLS, box_to_mask, mask_iou
 from sami_cache.prompts import PromptConfig, tight_box
 
 TRAINED_ON = 80
 ARMS = {"taught": "pretrained student", "scratch": "the same student from scratch"}
-RULES = {"highest rated of three": "efficientsam", "token 0": "single"}
-"""Which mask counts, and the protocol that says so."""
 CURVES = {"highest rated of three": "heldout_box_three_miou", "token 0": "heldout_box_miou"}
 Ious = list[list[float]]
 """Of every object of every picture."""
+
+
+class CutToBox(ModelSegmenter):
+    """A model whose masks end where the box does that it was asked with."""
+
+    def answer(self, points: np.ndarray, labels: np.ndarray, previous: torch.Tensor | None = None) -> Answers:
+        return _CutMasks(super().answer(points, labels, previous), points.reshape(-1, 4), self._size)
+
+
+class _CutMasks(Answers):
+    def __init__(self, whole: Answers, boxes: np.ndarray, size: tuple[int, int]) -> None:
+        self._whole, self._boxes, self._size = whole, boxes, size
+        self.predicted = whole.predicted
+
+    def mask(self, query: int, token: int) -> np.ndarray:
+        return self._whole.mask(query, token) & box_to_mask(self._boxes[query], *self._size)
+
+    def low_resolution(self, tokens: Sequence[int]) -> torch.Tensor | None:
+        return self._whole.low_resolution(tokens)
+
+
+RULES: dict[str, tuple[str, type[ModelSegmenter]]] = {
+    "highest rated of three": ("efficientsam", ModelSegmenter),
+    "token 0": ("single", ModelSegmenter),
+    "highest rated, cut to the box": ("efficientsam", CutToBox),
+}
+"""Which mask counts: the protocol that says so, and what answers."""
 
 
 def split(annotations: Path, work: Path, min_area: int) -> dict[str, Path]:
@@ -70,10 +95,10 @@ def train(given: argparse.Namespace) -> None:
     """Train and evaluate every arm and seed; a file in WORK for each, so that several may run at once (`--arms`)."""
     given.work.mkdir(parents=True, exist_ok=True)
     parts = split(given.annotations, given.work, given.min_area)
-    scenes = draw_scenes(given.work / "scenes", given.image_size, given.scenes)
-    asked = {"max_objects": given.max_objects, "flip": True, "box_share": given.box_share, "box_noise": given.box_noise}
+    scenes = draw_scenes(given.work / "scenes", given.image_size, given.scenes, given.textures)
+    asked = {"flip": True, "box_share": given.box_share, "box_noise": given.box_noise}
     stages = {
-        "scenes": {"steps": given.scene_steps, "batch_size": given.scene_batch, "lr": given.scene_lr},
+        "scenes": {"batch_size": given.scene_batch, "lr": given.scene_lr},
         "photographs": {
             "steps": given.steps,
             "batch_size": given.batch_size,
@@ -81,7 +106,10 @@ def train(given: argparse.Namespace) -> None:
             "focal_weight": given.focal_weight,
         },
     }
-    prompts = {"scenes": PromptConfig(**asked), "photographs": PromptConfig(**asked, crop=given.crop)}
+    prompts = {
+        "scenes": PromptConfig(**asked, max_objects=given.scene_objects),
+        "photographs": PromptConfig(**asked, max_objects=given.max_objects, crop=given.crop),
+    }
     shared = {
         "image_size": given.image_size,
         "precision": given.precision,
@@ -104,47 +132,54 @@ def train(given: argparse.Namespace) -> None:
             run, result = given.work / f"{arm}-{seed}", given.work / f"{arm}-{seed}.json"
             if result.exists():
                 continue
-            scene_run = given.work / f"{arm}-scenes-{seed % given.scene_seeds}"
-            learnt = learn(
-                scene_run,
-                data=scenes,
-                images=scenes.parent,
-                init=given.student if arm == "taught" else None,
-                student=given.encoder,
-                prompts=prompts["scenes"],
-                seed=seed % given.scene_seeds,
-                **stages["scenes"],
-                **shared,
-            )
+            start = given.student if arm == "taught" else None
+            scene_seconds, learnt = 0.0, {}
+            for number, steps in enumerate(given.scene_steps):
+                scene_run = given.work / f"{arm}-scenes-{number}-{seed % given.scene_seeds}"
+                learnt = learn(
+                    scene_run,
+                    steps=steps,
+                    data=scenes,
+                    images=scenes.parent,
+                    init=start,
+                    student=given.encoder,
+                    prompts=prompts["scenes"],
+                    seed=100 * number + seed % given.scene_seeds,
+                    **stages["scenes"],
+                    **shared,
+                )
+                start, scene_seconds = scene_run, scene_seconds + learnt["seconds"]
             last = learn(
                 run,
                 data=parts["train"],
                 images=given.images,
                 val=parts["heldout"],
-                init=scene_run,
+                init=start,
                 prompts=prompts["photographs"],
                 seed=seed,
                 **stages["photographs"],
                 **shared,
             )
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            segmenter = ModelSegmenter(open_promptable(run, torch.device("cpu")))
+            model = open_promptable(run, torch.device("cpu"))
             found = {
                 "recipe": {
                     **shared,
                     **asdict(prompts["photographs"]),
                     **stages,
                     "drawn": given.scenes,
+                    "scene_steps": given.scene_steps,
                     "scene_seeds": given.scene_seeds,
+                    "scene_objects": given.scene_objects,
                 },
                 "ious": {
-                    part: {rule: measure(segmenter, some, protocol) for rule, protocol in RULES.items()}
+                    part: {rule: measure(answers(model), some, protocol) for rule, (protocol, answers) in RULES.items()}
                     for part, some in held_out.items()
                 },
                 "curve": [line for line in lines if CURVES["token 0"] in line],
                 "iou_training": statistics.mean(line["iou_first"] for line in lines[-10:] if "iou_first" in line),
                 "iou_scenes": learnt["iou_first"],
-                "seconds": {"scenes": learnt["seconds"], "photographs": last["seconds"]},
+                "seconds": {"scenes": scene_seconds, "photographs": last["seconds"]},
             }
             _write(result, found)
     report(given)
@@ -229,7 +264,7 @@ def report(given: argparse.Namespace) -> None:
         print(f"| {name} | " + " | ".join(f"{_mean(ious[part]):.1f}" for part, _ in columns) + " |")
     for arm, runs in arms.items():
         cells = [
-            _over_seeds([100 * run["curve"][0][CURVES[rule]] for run in runs]) if part == "heldout" else "-"
+            _over_seeds([100 * run["curve"][0][CURVES[rule]] for run in runs]) if part == "heldout" and rule in CURVES else "-"
             for part, rule in columns
         ]
         print(f"| {ARMS[arm]}, before it saw a photograph | " + " | ".join(cells) + " |")
@@ -320,14 +355,18 @@ def main() -> None:
     training.add_argument("--encoder", default="vit_t", help="what RUN is")
     training.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     training.add_argument("--seeds", type=int, default=3)
-    training.add_argument("--scenes", type=int, default=2000, help="drawn ones, to learn prompts from")
+    training.add_argument("--scenes", type=int, default=1500, help="drawn ones, to learn prompts from")
+    training.add_argument("--textures", type=Path, help="photographs without annotations, to draw the scenes with")
     training.add_argument("--scene-seeds", type=int, default=1, help="an arm's models of scenes, that its seeds take in turn")
-    training.add_argument("--scene-steps", type=int, default=3000)
-    training.add_argument("--scene-lr", type=float, default=6e-4)
-    training.add_argument("--scene-batch", type=int, default=16)
-    training.add_argument("--steps", type=int, default=1280, help="on the photographs")
+    training.add_argument(
+        "--scene-steps", type=int, nargs="+", default=[1300, 800], help="of one descent of the rate after another"
+    )
+    training.add_argument("--scene-lr", type=float, default=7e-4)
+    training.add_argument("--scene-batch", type=int, default=8)
+    training.add_argument("--scene-objects", type=int, default=8, help="of a scene in a step")
+    training.add_argument("--steps", type=int, default=320, help="on the photographs")
     training.add_argument("--batch-size", type=int, default=8)
-    training.add_argument("--lr", type=float, default=4e-4)
+    training.add_argument("--lr", type=float, default=1.5e-4)
     training.add_argument("--focal-weight", type=float, default=4, help="on the photographs; on the scenes 20, as published")
     training.add_argument("--crop", type=float, default=0.7)
     training.add_argument("--min-area", type=int, default=32**2, help="pixels; smaller objects are left out")
@@ -335,7 +374,7 @@ def main() -> None:
     training.add_argument("--box-noise", type=float, default=0.0, help="standard deviation of a box's sides, of their length")
     training.add_argument("--precision", default="bfloat16")
     training.add_argument("--image-size", type=int, default=128)
-    training.add_argument("--max-objects", type=int, default=8)
+    training.add_argument("--max-objects", type=int, default=4, help="of a photograph in a step")
     reporting = commands.add_parser("report")
     reporting.set_defaults(run=report)
     for command in (training, reporting):

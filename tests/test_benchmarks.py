@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import teacher_like
+from PIL import Image
 
 from sami_cache.data.annotations import open_annotations
 
@@ -149,9 +150,15 @@ def test_gpu_benchmarks_run_once_for_each_gpu(
 
 def test_drawn_scenes_are_annotated_with_what_is_seen_of_each_object(benchmarks: Path, tmp_path: Path) -> None:
     scenes = load(benchmarks, "drawn_scenes")
-    annotations = open_annotations(scenes.draw_scenes(tmp_path, 64, 6), tmp_path)
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        pixels = rng.integers(0, 256, (50 + 20 * number, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.jpg")
+    photographs = scenes.read_photographs(tmp_path, 64)
+    assert [photograph.shape for photograph in photographs] == [(64, 102, 3), (64, 73, 3), (72, 64, 3)]
+    annotations = open_annotations(scenes.draw_scenes(tmp_path, 64, 6, tmp_path), tmp_path)
     for number in range(6):
-        pixels, masks = scenes.draw_scene(64, np.random.default_rng((0, number)))
+        pixels, masks = scenes.draw_scene(64, np.random.default_rng((0, number)), photographs)
         np.testing.assert_array_equal(annotations.read_image(number), pixels)
         found = [one.mask() for one in annotations.objects(number)]
         np.testing.assert_array_equal(found, masks)
