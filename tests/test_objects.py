@@ -281,7 +281,7 @@ def test_a_signal_interrupts_a_request_that_is_not_answered(remote: RemotePath, 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         use_server(monkeypatch, silent.getsockname()[1])
         monkeypatch.setattr(objects, "READ_SECONDS", 4)
-        threading.Timer(0.5, signal.raise_signal, (signal.SIGINT,)).start()
+        threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             Cache(remote)
         assert objects._in_flight, "the request came first to its end"
