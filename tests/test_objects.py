@@ -2,8 +2,11 @@
 
 import http.client
 import pickle
+import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -262,6 +265,30 @@ def test_a_put_knows_itself_again_and_nothing_is_overwritten(
             assert proxy.met[fault] > 3
 
 
+def test_an_object_is_replaced_only_as_the_version_that_was_seen(remote: RemotePath) -> None:
+    path = remote / "x"
+    overwrite(path, b"first")
+    _, seen = objects.head(path)
+    overwrite(path, b"second")
+    assert not objects.put(path, b"third", seen)
+    assert read_file(path) == b"second"
+    assert objects.put(path, b"third", objects.head(path)[1])
+    erase(path)
+    assert not objects.put(path, b"fourth", seen)
+
+
+def test_a_signal_interrupts_a_request_that_is_not_answered(remote: RemotePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        use_server(monkeypatch, silent.getsockname()[1])
+        monkeypatch.setattr(objects, "READ_SECONDS", 4)
+        threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            Cache(remote)
+        assert objects._in_flight, "the request came first to its end"
+        while objects._in_flight:
+            time.sleep(0.05)
+
+
 def test_large_objects_come_in_pieces_of_one_version(remote: RemotePath, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objects, "PIECE", 1000)
     old, new = b"1" * 2500, b"2" * 2500
@@ -379,6 +406,13 @@ def test_local_copies_are_checked_shared_and_fetched_again(
         assert copies.fetch(remote / name, entry.size, entry.xxh3_128) == place
         assert place.read_bytes() == whole
     assert len(asked) == 4
+    place.unlink()
+    overwrite(remote / name, flipped(whole))
+    with pytest.raises(DamageError, match=f"{remote / name}: {entry.size} bytes of XXH3 .* came, its commit record says"):
+        copies.fetch(remote / name, entry.size, entry.xxh3_128)
+    assert {path.name for path in copies.folder.iterdir()} == {"lock"}
+    overwrite(remote / name, whole)
+    assert copies.fetch(remote / name, entry.size, entry.xxh3_128) == place
     assert {path.name for path in copies.folder.iterdir()} == {place.name, "lock"}
     assert LocalCopies(tmp_path / "small", entry.size - 1).fetch(remote / name, entry.size, entry.xxh3_128) is None
 

@@ -18,10 +18,12 @@ class Mutant(NamedTuple):
 FAULTS = "tests/faults/test_"
 FILES, WRITING, SHARDS = "sami_cache/store/files.py", "sami_cache/store/writing.py", "sami_cache/store/shards.py"
 CREATION, INTEGRITY, COMMITS = "sami_cache/store/creation.py", "sami_cache/store/integrity.py", "sami_cache/store/commits.py"
+OBJECTS, COPIES = "sami_cache/store/objects.py", "sami_cache/store/local_copies.py"
 LOADER, TRAINING, IMAGES = "sami_cache/loader.py", "sami_cache/training.py", "sami_cache/data/images.py"
 POWER_CUT, DURABILITY = f"{FAULTS}power_cut.py", "tests/test_durability.py"
 KILLS, FLIPS, DAMAGE = f"{FAULTS}kills.py", f"{FAULTS}bit_flips.py", f"{FAULTS}damage.py"
 HOSTILE, IDENTITY, WORKERS = f"{FAULTS}hostile_inputs.py", f"{FAULTS}identity.py", f"{FAULTS}data_workers.py"
+OBJECT_TESTS = "tests/test_objects.py"
 TRAINING_KILLS, SIGNALS, EXTRACTORS = f"{FAULTS}training_kills.py", f"{FAULTS}signals.py", f"{FAULTS}many_extractors.py"
 
 MUTANTS = (
@@ -120,6 +122,49 @@ MUTANTS = (
         '    building = path.parent / f".{path.name}.{secrets.token_hex(8)}"',
         "    building = path",
         ("tests/test_cache.py",),
+    ),
+    # In an object store.
+    Mutant(
+        "an object is put over whatever is there",
+        OBJECTS,
+        '    mode: Any = "create" if version is None else version',
+        '    mode: Any = "overwrite"',
+        (OBJECT_TESTS,),
+    ),
+    Mutant(
+        "an object is replaced whatever it is by now",
+        OBJECTS,
+        '    mode: Any = "create" if version is None else version',
+        '    mode: Any = "create" if version is None else "overwrite"',
+        (OBJECT_TESTS,),
+    ),
+    Mutant(
+        "a put whose answer was lost is taken for another's",
+        OBJECTS,
+        "            return found == mark",
+        "            return False",
+        (OBJECT_TESTS,),
+    ),
+    Mutant(
+        "a cache's head does not come last",
+        CREATION,
+        "    for name in (*sorted(STATIC_FILES), HEAD):",
+        "    for name in (HEAD, *sorted(STATIC_FILES)):",
+        (OBJECT_TESTS,),
+    ),
+    Mutant(
+        "a local copy is not checked when it comes",
+        COPIES,
+        "        if found == (size, digest):",
+        "        if True:",
+        (OBJECT_TESTS,),
+    ),
+    Mutant(
+        "a local copy is not checked when it is used again",
+        COPIES,
+        "        return hasher.hexdigest() == digest",
+        "        return True",
+        (OBJECT_TESTS,),
     ),
     # What is read is what was committed.
     Mutant(
