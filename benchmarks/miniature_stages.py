@@ -23,12 +23,13 @@ from train import MAE
 
 from pipelines.extract import extract
 from pipelines.jobs import ExtractConfig
+from sami_cache.batches import Batch, on_device
 from sami_cache.checkpoints import load_weights
 from sami_cache.data.images import decode_image
 from sami_cache.data.sources import open_source
 from sami_cache.data.views import ViewConfig, mirror
 from sami_cache.errors import SamiCacheError
-from sami_cache.loader import Batch, Loader, LoaderConfig, on_device
+from sami_cache.loader import Loader, LoaderConfig
 from sami_cache.losses import Kind
 from sami_cache.models.students import SAMI, KeysValues, create_encoder
 from sami_cache.models.teachers import load_teacher

@@ -42,9 +42,10 @@ from torch import Tensor, nn
 
 from pipelines.extract import extract
 from pipelines.jobs import ExtractConfig, prepare_job
+from sami_cache.batches import Batch
 from sami_cache.data.images import decode_jpeg
 from sami_cache.data.views import View, crop_embeddings
-from sami_cache.loader import Batch, Loader, LoaderConfig
+from sami_cache.loader import Loader, LoaderConfig
 from sami_cache.models.students import SAMI, create_encoder
 from sami_cache.probing import knn_accuracy, linear_accuracy
 from sami_cache.processes import keep_freed_memory

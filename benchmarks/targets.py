@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sami_cache.batches import Batch
 from sami_cache.data.views import crop_embeddings
-from sami_cache.loader import Batch
 from sami_cache.losses import feature_loss
 from sami_cache.models.students import SAMI, create_encoder
 from sami_cache.store.codecs import Codec

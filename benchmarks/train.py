@@ -43,7 +43,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.extract import extract
 from pipelines.jobs import ExtractConfig
-from sami_cache.loader import Batch, Loader, LoaderConfig, on_device
+from sami_cache.batches import Batch, on_device
+from sami_cache.loader import Loader, LoaderConfig
 from sami_cache.models.students import SAMI, Output, count_kept, create_encoder, sincos_positions
 from sami_cache.models.teachers import load_teacher
 from sami_cache.processes import keep_freed_memory

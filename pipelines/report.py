@@ -14,10 +14,11 @@ from torch import Tensor
 from pipelines.export import newest_checkpoint
 from pipelines.page import document, picture, png, settings_table
 from pipelines.train import TrainingConfig, prepare
+from sami_cache.batches import Batch
 from sami_cache.checkpoints import Checkpoint, put_weights
 from sami_cache.data.views import mirror
 from sami_cache.errors import DamageError, IdentityError, SamiCacheError
-from sami_cache.loader import Batch, Loader
+from sami_cache.loader import Loader
 from sami_cache.processes import distributed
 from sami_cache.report import Row, loss_figure, pca_rgb, reconstruction_figure
 from sami_cache.store.places import AnyPath, parse_place

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from sami_cache.errors import SamiCacheError
-from sami_cache.processes import GRACE, StopSignal, distributed, rank_and_world
+from sami_cache.processes import GRACE, StopSignal, distributed, objects_kept, rank_and_world
 from sami_cache.training import Task, TrainConfig, Trainer
 
 # They say where things are and how fast they go, not what is computed.
@@ -98,7 +98,8 @@ def run_task(
             prepared.begin()
         if rank_and_world()[0] == 0:
             on_start(prepared)
-        return trainer.fit()
+        with objects_kept():
+            return trainer.fit()
 
 
 def train_config(

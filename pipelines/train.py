@@ -197,7 +197,7 @@ def _samples(config: TrainingConfig) -> tuple[Samples, Cache | None]:
     cache = Cache(config.cache)
     if isinstance(cache.path, RemotePath):
         copies = LocalCopies(config.shard_cache or default_folder(), config.shard_cache_bytes)
-        copies.check_room(cache.path, min(cache.shards, 2 * LoaderConfig.open_shards))
+        copies.check_room(cache.path, min(cache.shards, 3 * LoaderConfig.open_shards))
         cache.path = replace(cache.path, copies=copies)
     if config.teacher_online and cache.views:
         raise SamiCacheError(

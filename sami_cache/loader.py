@@ -12,8 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -21,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sami_cache.batches import Batch
 from sami_cache.data.views import VIEW_DRAWS, View, ViewConfig, crop_image, crop_pixels, random_view
 from sami_cache.errors import SamiCacheError
 from sami_cache.order import Course, deal, epoch_order, random_words, uniform
@@ -34,36 +34,6 @@ CHUNKS_AT_ONCE = 4
 """Decompressed by one task, at most: handing out a task costs as much as copying four samples."""
 WHOLE_IMAGE = torch.tensor([0.0, 0.0, 1.0, 1.0])
 Images = Literal["pixels", "encoded", "none"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Samples of one micro-batch."""
-
-    samples: np.ndarray
-    """int64 [B], sample numbers."""
-    keys: list[str]
-    pixels: Tensor | None
-    """uint8 [B, 3, S, S], the box of the view, RGB, not mirrored yet."""
-    codes: Tensor | None
-    """[B, kept, m, m], as the cache stores them."""
-    whole: bool
-    """Whether the codes are of whole images, so that the view is still to be cut from them, or of the views."""
-    boxes: Tensor
-    """float32 [B, 4], the views' boxes: (x0, y0, x1, y1) in [0, 1]."""
-    flips: Tensor
-    """bool [B], whether the view is mirrored."""
-    ids_shuffle: Tensor
-    """int64 [B, tokens], a random order of the tokens: the first are kept, the others masked."""
-    teacher_pixels: Tensor | None
-    """uint8 [B, 3, T, T], the view as an online teacher sees it, mirrored."""
-    encoded: list[bytes] | None
-    """The images' files, where no pixels were asked for."""
-
-    def to(self, device: torch.device) -> "Batch":
-        """A copy whose tensors are on `device`; from pinned memory it is made while the processor goes on."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,20 +361,3 @@ class _Service:
             teacher_pixels=draft.teacher_pixels,
             encoded=draft.encoded,
         )
-
-
-def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches on `device`. On CUDA each is copied on a stream of its own, while the step before is being computed."""
-    with closing(batches):  # type: ignore[type-var]
-        if device.type != "cuda":
-            yield from batches
-            return
-        copies, steps = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-        for batch in batches:
-            with torch.cuda.stream(copies):
-                there = batch.to(device)
-            steps.wait_stream(copies)
-            for value in vars(there).values():
-                if isinstance(value, Tensor):
-                    value.record_stream(steps)
-            yield there

@@ -32,16 +32,7 @@ from sami_cache.checkpoints import (
 )
 from sami_cache.errors import SamiCacheError
 from sami_cache.optimizer import NamedAdamW
-from sami_cache.processes import (
-    GRACE,
-    Interrupted,
-    StopSignal,
-    average,
-    from_first_rank,
-    largest,
-    objects_kept,
-    rank_and_world,
-)
+from sami_cache.processes import GRACE, Interrupted, StopSignal, average, from_first_rank, largest, rank_and_world
 from sami_cache.runs import RunLog, open_run, surroundings
 
 # They change what is watched and kept, and into how many parts a step is cut (which goes with the number of processes), never
@@ -229,7 +220,6 @@ class Trainer:
                 self._record(self._owed | self._evaluate())
             self._owed = {}
             self._stop.holding = True
-            stack.enter_context(objects_kept())
             if self.step < self.config.steps:
                 batches = self.task.batches(self.step)
                 stack.callback(_close, batches)

@@ -8,10 +8,11 @@ from PIL import Image
 
 from pipelines.extract import extract
 from pipelines.jobs import ExtractConfig
+from sami_cache.batches import on_device
 from sami_cache.data.sources import open_source
 from sami_cache.data.views import crop_embeddings, crop_image, mirror
 from sami_cache.errors import DamageError, IdentityError, ImageError, SamiCacheError
-from sami_cache.loader import Loader, LoaderConfig, on_device
+from sami_cache.loader import Loader, LoaderConfig
 from sami_cache.order import epoch_order, split_held_out
 from sami_cache.samples import CacheSamples, SourceSamples
 from sami_cache.store.cache import Cache

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from sami_cache.loader import Loader, LoaderConfig, on_device
+from sami_cache.batches import on_device
+from sami_cache.loader import Loader, LoaderConfig
 from sami_cache.workers import LoaderError
 
 

@@ -469,7 +469,7 @@ def test_local_copies_that_two_windows_do_not_fit_into_are_refused(remote: Remot
     assert isinstance(result.exception, SamiCacheError)
     text = str(result.exception)
     assert text.startswith("--shard-cache-size: 0.0 MB for local copies in ")
-    assert "but 3 shards of up to 0.0 MB are read at a time, in two windows. Give at least" in text
+    assert "but 3 shards of up to 0.0 MB are in use at a time, three windows. Give at least" in text
     for size, text in {
         "50 apples": "expected a number of bytes, such as 800MB or 50GB",
         "-1GB": "expected a number of bytes",

@@ -73,7 +73,7 @@ class LocalCopies:
         if shards * largest > self.limit:
             raise SamiCacheError(
                 f"--shard-cache-size: {self.limit / 1e6:.1f} MB for local copies in {self.folder}, but {shards} shards of up "
-                f"to {largest / 1e6:.1f} MB are read at a time, in two windows. Give at least {shards * largest / 1e6:.1f} MB."
+                f"to {largest / 1e6:.1f} MB are in use at a time, three windows. Give at least {shards * largest / 1e6:.1f} MB."
             )
 
     def _is_whole(self, path: Path, size: int, digest: str) -> bool:

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sami_cache.batches import Batch, on_device
 from sami_cache.data.views import crop_embeddings, mirror, valid_region
 from sami_cache.errors import SamiCacheError
-from sami_cache.loader import Batch, Loader, on_device
+from sami_cache.loader import Loader
 from sami_cache.losses import Kind, Tokens, feature_loss
 from sami_cache.models.students import SAMI, count_kept, count_reconstructed, patch_targets
 from sami_cache.models.teachers import Teacher

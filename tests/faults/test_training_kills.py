@@ -28,8 +28,8 @@ import torch
 from blake3 import blake3
 from tiny_training import arguments, bits, make_cache, shrink_student, untimed
 
+from sami_cache.batches import Batch
 from sami_cache.checkpoints import load_newest
-from sami_cache.loader import Batch
 
 SEED = 20261123
 STEPS = 36
