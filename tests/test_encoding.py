@@ -163,11 +163,12 @@ def test_a_kind_of_block_is_compiled_once_however_many_there_are(monkeypatch):
         teacher.info, teacher._index = replace(teacher.info, channels=256), 6
         counters.clear()
         encoder = Encoder(teacher.eval(), grid=7, precision="float32", device=torch.device("cpu"), compiled=mode)
-        for _ in range(2):
-            found = encoder.launch(packed(encoder, some)).wait()
+        for count in (1, 2, 3, 4, 6, 6):
+            found = encoder.launch(packed(encoder, some[:count])).wait()
         assert (expected is None) or np.array_equal(found, expected)
         expected = found
-    assert 2 <= counters["stats"]["unique_graphs"] <= 3
+    # For each of five shapes those of the first, the windowed and the global blocks, and all of them: torch stops at eight.
+    assert 10 <= counters["stats"]["unique_graphs"] <= 15
 
 
 @pytest.mark.slow
