@@ -155,14 +155,7 @@ def race(name: str, size: int, device: torch.device, given: argparse.Namespace) 
     for _ in range(given.rounds):
         for racer in racers.values():
             racer.turn(device, given.seconds)
-    return [
-        f"## {name} at {size} pixels",
-        "",
-        f"{flops / 2e12:.4g} TMAC an image.",
-        "",
-        *table(racers, absent, flops, given.peak),
-        "",
-    ]
+    return [f"{flops / 2e12:.4g} TMAC an image.", "", *table(racers, absent, flops, given.peak), ""]
 
 
 def table(racers: dict[str, Racer], absent: dict[str, str], flops: float, peak: float) -> list[str]:
@@ -291,6 +284,11 @@ def rate_of_others(config: ExtractConfig, job: Job, cache: Path) -> float:
         return rate_of(replace(config, cache=cache, **settings))
 
 
+def shown(lines: list[str]) -> list[str]:
+    print("\n".join(lines), flush=True)
+    return lines
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
@@ -337,11 +335,10 @@ def main(arguments: list[str] | None = None) -> None:
         for size in given.sizes:
             names = chosen or ["none", compile_mode(device, size)]
             given.modes = [None if mode == "none" else mode for mode in names]
-            lines = race(name, size, device, given) if "encoders" in given.parts else [f"## {name} at {size} pixels", ""]
-            lines += attention_lines(name, size, device, given) if "attention" in given.parts else []
-            lines += pipeline_lines(name, size, device, given) if "pipeline" in given.parts else []
-            print("\n".join(lines), flush=True)
-            page += lines
+            page += shown([f"## {name} at {size} pixels", ""])
+            for part, measure in (("encoders", race), ("attention", attention_lines), ("pipeline", pipeline_lines)):
+                if part in given.parts:
+                    page += shown(measure(name, size, device, given))
     if given.out:
         given.out.write_text("\n".join(page).rstrip() + "\n")
 

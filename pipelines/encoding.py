@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sami_cache.data.views import valid_region
+from sami_cache.models.fast_attention import allow_recompiling
 from sami_cache.models.teachers import Teacher
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -120,6 +121,7 @@ def compile_teacher(
     global ones, where the whole of ViT-H is 32 of them in one, which takes many times as long. Only a CUDA graph is made of
     the whole, because what it saves is launching.
     """
+    allow_recompiling()
     blocks = getattr(teacher.encoder, "blocks", None)
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or mode == "reduce-overhead":
         return torch.compile(maps, mode=mode, dynamic=False, fullgraph=True)

@@ -158,16 +158,17 @@ def test_a_kind_of_block_is_compiled_once_however_many_there_are(monkeypatch):
         torch.manual_seed(0)
         teacher = small_sam()
         teacher.encoder = timm.create_model(
-            "samvit_base_patch16", embed_dim=64, num_heads=2, depth=7, global_attn_indexes=(2, 4, 6)
+            "samvit_base_patch16", embed_dim=64, num_heads=2, depth=5, global_attn_indexes=(2, 4)
         ).requires_grad_(False)
-        teacher.info, teacher._index = replace(teacher.info, channels=256), 6
+        teacher.info, teacher._index = replace(teacher.info, channels=256), 4
         counters.clear()
         encoder = Encoder(teacher.eval(), grid=7, precision="float32", device=torch.device("cpu"), compiled=mode)
-        for _ in range(2):
-            found = encoder.launch(packed(encoder, some)).wait()
+        for count in (1, 2, 6, 6):
+            found = encoder.launch(packed(encoder, some[:count])).wait()
         assert (expected is None) or np.array_equal(found, expected)
         expected = found
-    assert 2 <= counters["stats"]["unique_graphs"] <= 3
+    # For each of three shapes those of the first, the windowed and the global blocks: nine at most, where torch stops at eight.
+    assert 6 <= counters["stats"]["unique_graphs"] <= 9
 
 
 @pytest.mark.slow

@@ -107,8 +107,16 @@ class FlexAttention(_RelativeAttention):
         return attend(q, k, v, score_mod=biased, scale=self.scale)
 
 
+def allow_recompiling() -> None:
+    """Let torch.compile make more than eight graphs of one function: one for each batch size that is tried, way and kind of
+    block. Beyond its limit flex_attention would run unfused, with all scores in memory."""
+    dynamo: Any = torch._dynamo
+    dynamo.config.recompile_limit = max(64, dynamo.config.recompile_limit)
+
+
 @functools.cache
 def _compiled_flex() -> Callable[..., Any]:
+    allow_recompiling()
     return torch.compile(flex_attention, dynamic=False)
 
 
