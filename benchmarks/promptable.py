@@ -359,12 +359,12 @@ def main() -> None:
     training.add_argument("--textures", type=Path, help="photographs without annotations, to draw the scenes with")
     training.add_argument("--scene-seeds", type=int, default=1, help="an arm's models of scenes, that its seeds take in turn")
     training.add_argument(
-        "--scene-steps", type=int, nargs="+", default=[1300, 800], help="of one descent of the rate after another"
+        "--scene-steps", type=int, nargs="+", default=[1300, 500], help="of one descent of the rate after another"
     )
     training.add_argument("--scene-lr", type=float, default=7e-4)
     training.add_argument("--scene-batch", type=int, default=8)
     training.add_argument("--scene-objects", type=int, default=8, help="of a scene in a step")
-    training.add_argument("--steps", type=int, default=320, help="on the photographs")
+    training.add_argument("--steps", type=int, default=256, help="on the photographs")
     training.add_argument("--batch-size", type=int, default=8)
     training.add_argument("--lr", type=float, default=1.5e-4)
     training.add_argument("--focal-weight", type=float, default=4, help="on the photographs; on the scenes 20, as published")

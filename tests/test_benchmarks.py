@@ -9,6 +9,7 @@ from conftest import teacher_like
 from PIL import Image
 
 from sami_cache.data.annotations import open_annotations
+from sami_cache.models.segment_anything import SegmentAnything, SegmentAnythingConfig
 
 
 @pytest.fixture
@@ -186,3 +187,20 @@ def test_intervals_over_seeds_are_students_and_over_pictures_weigh_them_by_their
     apart = [[1.0] * 9, [0.0]], [[0.0] * 9, [0.0]]
     assert promptable._over_pictures([apart]) == "0.0 to 100.0"
     assert promptable._mean(ours) == pytest.approx(70)
+
+
+def test_masks_that_are_cut_to_the_box_end_where_it_does(benchmarks: Path) -> None:
+    promptable = load(benchmarks, "promptable")
+    model = SegmentAnything(SegmentAnythingConfig(encoder="vit_t", image_size=64, depth=1))
+    whole, cut = (made(model) for made in (promptable.ModelSegmenter, promptable.CutToBox))
+    boxes = np.array([[[4, 8], [30, 40]], [[0, 0], [50, 60]]])
+    masks = []
+    for segmenter in (whole, cut):
+        segmenter.set_image(np.random.default_rng(0).integers(0, 256, (60, 50, 3), dtype=np.uint8))
+        answers = segmenter.answer(boxes, np.array([[2, 3], [2, 3]]))
+        masks.append([[answers.mask(query, token) for token in range(4)] for query in range(2)])
+    inside = np.zeros((60, 50), bool)
+    inside[8:40, 4:30] = True
+    assert np.array(masks[0])[0, :, ~inside].any()  # an untrained model knows nothing of the box
+    np.testing.assert_array_equal(masks[1][0], np.array(masks[0][0]) & inside)
+    np.testing.assert_array_equal(masks[1][1], masks[0][1])
