@@ -3,8 +3,8 @@
     python benchmarks/cluster_overlap.py --data photos/ [--shards 8] [--teacher-seconds 0.5] [--read-seconds 0.05] [--out FILE]
 
 The teacher takes a fixed time a batch, in which it needs no CPU, as one on a GPU; an image takes a fixed time to arrive, as
-from a busy disk. All else is real: decoding, EfficientNet-Lite0 at 64 px, encoding, flushing, reading back. Busy: the seconds of
-the teacher over the seconds from the first shard to the last commit.
+from a busy disk. All else is real: decoding, EfficientNet-Lite0 at 64 px, encoding, flushing, reading back. Busy: the seconds
+of the teacher over the seconds from the first shard to the last commit.
 """
 
 import argparse
@@ -91,8 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
             f"Command: `{command} --data PHOTOS`. Hardware: {os.cpu_count()} cores, {platform.machine()}; load {load:.1f} to "
             f"{os.getloadavg()[0]:.1f}. Date: {time.strftime('%Y%m%d')}. Duration: {time.monotonic() - started:.0f} s.",
             "",
-            f"{given.shards} shards of {SHARD} photographs, batches of {BATCH}: {SHARD // BATCH * given.teacher_seconds:g} s of "
-            "teacher a shard.",
+            f"{given.shards} shards of {SHARD} photographs, batches of {BATCH}: {SHARD // BATCH * given.teacher_seconds:g} s "
+            "of teacher a shard.",
             "",
             "| | the teacher is busy |",
             "|---|---|",
