@@ -117,6 +117,7 @@ def worker_options(devices: Sequence[str], name: str = "") -> list[dict[str, Any
 def _dask_settings(processes: int) -> Iterator[None]:
     """How Dask is to start workers; it writes some of that into our environment, which is put back."""
     import dask.config
+    import distributed  # noqa: F401 - its own settings must be there, or they vanish together with those set below
 
     # Its own setting is one thread: codes are made by matrix products, on the CPU all else too.
     threads = dict.fromkeys(THREAD_SETTINGS, max(1, (os.cpu_count() or 1) // processes))

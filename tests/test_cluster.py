@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import dask.config
+import distributed  # noqa: F401 - its settings must be there before any are changed
 import pytest
 from cluster_hooks import hook_command, load_hooks
 from photos import photo_folder
