@@ -176,6 +176,7 @@ def _slurm(jobs: int, sbatch: Sequence[str]) -> Iterator[Connection]:
 
     # The user's sbatch options are all there is to say of a job; that it is one process is for those who count.
     given: dict[str, Any] = {
+        "job_cls": _job_class(),
         "cores": THREADS,
         "memory": "1GB",
         "processes": 1,
@@ -186,7 +187,7 @@ def _slurm(jobs: int, sbatch: Sequence[str]) -> Iterator[Connection]:
         "job_name": "sami-cache",
         "python": shlex.quote(sys.executable),
     }
-    with _dask_settings(1), _no_warnings(), SLURMCluster(job_cls=_job_class(), **given) as entered, Client(entered) as client:
+    with _dask_settings(1), _no_warnings(), SLURMCluster(**given) as entered, Client(entered) as client:
         cluster: Any = entered
         asked = -math.inf
 
