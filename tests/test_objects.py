@@ -247,6 +247,7 @@ def test_a_put_knows_itself_again_and_nothing_is_overwritten(
     for fault in ("answer lost", "twice", "late"):
         with hostile_proxy(server, seed=3, share=0.5, faults=(fault,)) as proxy:
             use_server(monkeypatch, proxy.server_port)
+            assert all(publish(remote / f"{fault} {number}", b"mine", remote) for number in range(6))
             path = remote / fault
             assert publish(path, b"mine", remote)
             assert not publish(path, b"mine", remote)
