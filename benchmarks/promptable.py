@@ -264,7 +264,9 @@ def report(given: argparse.Namespace) -> None:
         print(f"| {name} | " + " | ".join(f"{_mean(ious[part]):.1f}" for part, _ in columns) + " |")
     for arm, runs in arms.items():
         cells = [
-            _over_seeds([100 * run["curve"][0][CURVES[rule]] for run in runs]) if part == "heldout" and rule in CURVES else "-"
+            f"{100 * statistics.mean(run['curve'][0][CURVES[rule]] for run in runs):.1f}"
+            if part == "heldout" and rule in CURVES
+            else "-"
             for part, rule in columns
         ]
         print(f"| {ARMS[arm]}, before it saw a photograph | " + " | ".join(cells) + " |")
