@@ -35,7 +35,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from scipy.stats import t as student_t
-from torchvision.ops import nms
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import box_iou, nms
 
 from pipelines.finetune_detection import DetectionTrainingConfig, evaluate_detection, finetune_detection
 from pipelines.finetune_semantic import SemanticTrainingConfig, finetune_semantic
@@ -43,7 +44,10 @@ from pipelines.semantic import evaluate_semantic
 from sami_cache.data.annotations import CocoAnnotations
 from sami_cache.data.class_masks import MaskedPictures
 from sami_cache.inference.average_precision import Truth, average_precision
+from sami_cache.models.detector import Detector
+from sami_cache.models.pyramid import SimpleFeaturePyramid
 from sami_cache.models.semantic import Mask2FormerShape
+from sami_cache.models.students import create_encoder
 from sami_cache.tasks.detection import JitterConfig
 from sami_cache.tasks.semantic import SemanticAugment
 
@@ -199,6 +203,24 @@ def any_class(truth: dict[str, Any], results: list[dict[str, Any]]) -> tuple[dic
     return {**truth, "categories": [first], "annotations": objects}, kept
 
 
+def within_reach(file: Path, size: int) -> float:
+    """Share of the objects in a COCO-format file that some anchor of the detector overlaps by 0.5, at `size` pixels.
+
+    The RPN takes what no anchor overlaps by 0.3 for background, but for each object's best anchor.
+    """
+    content = json.loads(file.read_text())
+    scales = {image["id"]: size / max(image["width"], image["height"]) for image in content["images"]}
+    corners = [(x, y, x + w, y + h) for x, y, w, h in (one["bbox"] for one in content["annotations"])]
+    boxes = torch.tensor(corners) * torch.tensor([[scales[one["image_id"]]] for one in content["annotations"]])
+    generator: Any = Detector(
+        SimpleFeaturePyramid(create_encoder("vit_t"), channels=32), 1, image_size=size
+    ).rpn.anchor_generator
+    maps = [torch.zeros(1, 1, math.ceil(size / stride), math.ceil(size / stride)) for stride in (4, 8, 16, 32, 64)]
+    (anchors,) = generator(ImageList(torch.zeros(1, 3, size, size), [(size, size)]), maps)
+    best = torch.cat([box_iou(some, anchors).amax(1) for some in boxes.split(32)])
+    return (best >= 0.5).float().mean().item()
+
+
 def measure_semantic(run: Path, parts: dict[str, Path], part: str) -> dict[str, float]:
     """mIoU and pixel accuracy in percent: over all classes of the part, and over the frequent ones."""
     found = evaluate_semantic(run, parts[part] / "images", parts[part] / "masks")
@@ -231,7 +253,12 @@ def report(given: argparse.Namespace) -> None:
     found = {task: finished(given.work, task) for task in TASKS}
     for task, arms in found.items():
         if any(arms.values()):
-            print("\n".join(table(task, arms)) + "\n")
+            print("\n".join(table(task, arms)))
+            if task == "detection":
+                size = next(run for runs in arms.values() for run in runs.values())["recipe"]["image_size"]
+                share = within_reach(given.work / "train" / "instances.json", size)
+                print(f"At {size} px {100 * share:.0f} % of the objects to learn overlap an anchor by 0.5 or more.")
+            print()
     if given.plot:
         draw({task: arms for task, arms in found.items() if any(arms.values())}, given.plot)
 

@@ -154,6 +154,12 @@ def test_a_task_runs_is_judged_on_both_parts_and_goes_on(transfer, task, classes
     assert plot.stat().st_size > 10_000
 
 
+def test_objects_are_within_reach_where_they_are_as_large_as_an_anchor(transfer, tmp_path: Path):
+    write_data(tmp_path / "data")  # squares of 20 x 24 in 64 x 64; the smallest anchors are 32 x 32
+    assert transfer.within_reach(tmp_path / "data" / "instances.json", 64) == 0
+    assert transfer.within_reach(tmp_path / "data" / "instances.json", 128) == 1
+
+
 def test_the_taught_arm_needs_a_student(transfer, tmp_path: Path):
     write_data(tmp_path / "data")
     with pytest.raises(SystemExit, match="--student: expected"):
