@@ -20,6 +20,7 @@ class Stub:
     def __init__(self, count, read=lambda number: None, see=lambda number: None):
         self.keys, self.labels, self.usable = [f"s{n}" for n in range(count)], [None] * count, np.ones(count, bool)
         self.opens, self.expected, self.read, self.see = [], [], read, see
+        self.expect = self.expected.append
 
     def open(self, shard):
         self.opens.append(shard)
@@ -31,7 +32,7 @@ class Shard:
         self.stub, self.first = stub, first
 
     def expect(self, *, images):
-        self.stub.expected.append(self.first // 16)
+        self.stub.expect(self.first // 16)
 
     def read_codes(self, chunk, wanted):
         self.stub.read(self.first + 4 * chunk)
@@ -153,6 +154,15 @@ def test_every_shard_is_opened_once_also_where_few_samples_are_chosen():
     stub = Stub(16 * 60)
     list(loader(stub, open_shards=1).evaluation(4))
     assert sorted(stub.opens) == sorted(stub.expected) == list(range(60))
+
+
+@pytest.mark.parametrize("expect", [lambda shard: 1 / 0, lambda shard: threading.Event().wait()])
+def test_reading_ahead_may_fail_or_stand_still(expect):
+    """It only saves time: who needs the bytes reads them, and says what is wrong with them."""
+    stub = Stub(16 * 12)
+    stub.expect = expect
+    served = [number for batch in loader(stub).evaluation(8) for number in batch.samples.tolist()]
+    assert served == list(range(16 * 12))
 
 
 def test_files_are_let_go():

@@ -1,8 +1,8 @@
 """A worker of the data loader that dies, stands still, or runs out of memory: training ends with a typed error, in seconds.
 
-A small SAMI training through the real command line; at a random sample or shard one of the loader's threads ends itself
+A small SAMI training through the real command line; at a random sample or chunk of codes one of the loader's threads ends itself
 (SystemExit, which ends a thread and tells nobody), stands still (a read that never returns, as on a network drive that is
-gone), or asks for more memory than there is. The error must name the worker and the sample or shard it was at, the process
+gone), or asks for more memory than there is. The error must name the worker and the sample or chunk it was at, the process
 must be gone within the time-out and some slack, without a traceback; no step may be counted that did not have its samples;
 and `--resume` must end at the weights of the undisturbed run, bit for bit.
 """
@@ -32,7 +32,7 @@ SAYS = {
     "stopped": r"did not come, nor anything else for [1-9]\d?\.\d s .* at ",
     "out of memory": r"worker \S+ ran out of memory at ",
 }
-PLACES = {"sample": 4 * STEPS, "shard": 6}
+PLACES = {"sample": 4 * STEPS, "chunk": 6}
 """Where it happens, and the most times that a worker comes there before."""
 
 
@@ -41,7 +41,7 @@ def break_worker(kind: str, place: str, when: int) -> None:
     from sami_cache import loader, samples
 
     shrink_student()
-    owner, name = (samples.CacheSamples, "open") if place == "shard" else (loader, "crop_pixels")
+    owner, name = (samples._CacheShard, "read_codes") if place == "chunk" else (loader, "crop_pixels")
     real, lock, counted = getattr(owner, name), threading.Lock(), iter(range(1, 1 << 30))
 
     def broken(*given):
@@ -95,7 +95,7 @@ def campaign_of(spawn, cache: Path, folder: Path, count: int) -> Counter:
         assert re.search(r"\bloader-\d", said), said
         assert re.search(SAYS[kind], said), said
         at = r"sample '[a-z]+/\d{4}\.jpg'"
-        assert re.search(at if place == "sample" or kind == "stopped" else rf"shard \d|{at}", said), said
+        assert re.search(at if place == "sample" or kind == "stopped" else rf"chunk \d+ of shard \d|{at}", said), said
         assert "goes on from its last checkpoint with --resume" in said
         newest = load_newest(run / "checkpoints") if (run / "checkpoints").exists() else None
         logged = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
