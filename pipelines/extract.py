@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
+import pyarrow as pa
 
 from pipelines import growing
 from pipelines.embedding import Embedded
@@ -114,16 +114,16 @@ def finish(
     before = growing.settle(path)
     cache = Cache(path)
     lost = cache.manifest(root, ["key", "status", "error", "energy", "clipped"])
-    failed = lost.filter(pc.field("status") != OK)
-    energy, clipped = lost["energy"].drop_null().to_numpy(), lost["clipped"].drop_null().to_numpy()
+    failed = [(row, status) for row, status in enumerate(lost["status"].to_pylist()) if status != OK]
+    error, energy, clipped = (_present(lost[name]) for name in ("error", "energy", "clipped"))
     return Summary(
         cache=path,
         root=root,
         samples_done=grown + sum(commit.samples for commit in commits if commit.won),
         seconds=time.perf_counter() - started,
         bytes=cache.size_on_disk(),
-        failures=list(zip(failed["key"].to_pylist(), failed["status"].to_pylist(), strict=True)),
-        error=float(np.average(lost["error"].drop_null().to_numpy(), weights=energy)) if energy.any() else None,
+        failures=[(lost["key"][row].as_py(), status) for row, status in failed],
+        error=float(np.average(error, weights=energy)) if energy.any() else None,
         asked=cache.codec.error,
         fit_samples=cache.codec.fit_samples,
         fit_images=cache.identity["codec"]["fit_images"],
@@ -132,6 +132,12 @@ def finish(
         differences=[commit.shard for commit in commits if not commit.same],
         before=before,
     )
+
+
+def _present(column: pa.ChunkedArray) -> np.ndarray:
+    """Numbers, nulls left out. (Not by pyarrow.compute: beside torch it has ended processes by SIGABRT.)"""
+    values = column.to_numpy()
+    return values[~np.isnan(values)]
 
 
 def _check_committed(job: Job, cache: Cache, on_progress: Callable[[Progress], None]) -> None:
