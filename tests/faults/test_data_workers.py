@@ -1,6 +1,6 @@
 """A worker of the data loader that dies, stands still, or runs out of memory: training ends with a typed error, in seconds.
 
-A small SAMI training through the real command line; at a random sample or chunk of codes one of the loader's threads ends itself
+A small SAMI training through the real command line; at a random sample or chunk one of the loader's threads ends itself
 (SystemExit, which ends a thread and tells nobody), stands still (a read that never returns, as on a network drive that is
 gone), or asks for more memory than there is. The error must name the worker and the sample or chunk it was at, the process
 must be gone within the time-out and some slack, without a traceback; no step may be counted that did not have its samples;
