@@ -256,7 +256,7 @@ def test_a_plan_from_a_sample_tells_the_final_bytes_within_5_percent(tmp_path, s
 @pytest.mark.parametrize(("workers", "at_once"), [(2, 1), (8, 2), (100, 4)])
 def test_shards_are_written_beside_each_other_and_to_the_same_bits(photos, extracted, tmp_path, monkeypatch, workers, at_once):
     """As many at a time as the workers allow: the first ones wait for each other, so that fewer would break the barrier."""
-    real, lock, seen = pipelines.extract._write, threading.Lock(), [0, 0]
+    real, lock, seen = pipelines.extract.commit_shard, threading.Lock(), [0, 0]
     together = threading.Barrier(at_once)
 
     def write(cache, shard, parts):
@@ -271,7 +271,7 @@ def test_shards_are_written_beside_each_other_and_to_the_same_bits(photos, extra
             with lock:
                 seen[0] -= 1
 
-    monkeypatch.setattr(pipelines.extract, "_write", write)
+    monkeypatch.setattr(pipelines.extract, "commit_shard", write)
     found = extract(config(photos, cache=tmp_path / "cache.zarr", workers=workers))
     assert found.root == extracted.root
     assert seen == [0, at_once]
