@@ -58,7 +58,8 @@ class LocalCopies:
                 whole = self._is_whole(final, size, digest)  # whoever had the lock before may have fetched it
                 if not whole and self._make_room(descriptor, part, size):
                     _download(path, descriptor, size, digest)
-                    os.rename(part, final)
+                    with _locked(self.folder / _LOCK):  # who counts meanwhile might meet it under neither name
+                        os.rename(part, final)
                     return final
                 part.unlink()
                 return final if whole else None
@@ -167,7 +168,7 @@ def _write(descriptor: int, data: bytes, offset: int) -> None:
 
 
 def _remove(path: Path) -> bool:
-    """Remove a copy, or the part of a process that has ended. False for a part that is being written."""
+    """Remove a copy, or the part of a process that has ended. False for a part that is being written, or is done now."""
     if path.name.endswith(_PART):
         with suppress(FileNotFoundError), path.open("rb") as file:
             try:
@@ -176,6 +177,7 @@ def _remove(path: Path) -> bool:
                 return False
             path.unlink()
             return True
+        return False  # it has become a copy meanwhile, and takes its room as that
     path.unlink(missing_ok=True)
     return True
 
