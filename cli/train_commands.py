@@ -86,7 +86,7 @@ def train(
         typer.Option(help="For a cache in an object store: keeps local copies of its shards. Default: in ~/.cache/sami-cache."),
     ] = None,
     shard_cache_size: Annotated[
-        str, typer.Option(help="What they may take; the longest unused make way. 16 shards must fit.")
+        str, typer.Option(help="What they may take; the longest unused make way. 24 shards must fit.")
     ] = "50GB",
 ) -> None:
     """Pretrain a student from a cache (SAMI), from pixels (MAE), or with the teacher online.

@@ -67,7 +67,8 @@ def _begin(connection: Connection, run: Run, on_progress: Callable[[Progress], N
     on_progress(Progress(stage="wait", note=connection.note))
     client.subscribe_topic(run.name, lambda event: on_progress(Progress(**event[1]["progress"])))
     future = client.submit(begin_run, run, key=(f"begin-{run.name}", 0), pure=False)
-    done = _queue_of([future])
+    done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    future.add_done_callback(done.put)
     try:
         while True:
             connection.keep_up()
@@ -195,13 +196,6 @@ class _Shards:
 
     def tell(self, note: str) -> None:
         self.say(replace(self.tally.progress, note=note))
-
-
-def _queue_of(futures: list[Any]) -> queue.SimpleQueue[Any]:
-    done: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    for future in futures:
-        future.add_done_callback(done.put)
-    return done
 
 
 def _error(future: Any) -> BaseException | None:

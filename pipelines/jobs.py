@@ -19,7 +19,7 @@ from sami_cache.data.sources import Source, open_source
 from sami_cache.errors import DamageError, IdentityError, SamiCacheError
 from sami_cache.models.teachers import load_teacher
 from sami_cache.models.weights import check_file_digest
-from sami_cache.processes import GRACE, keep_freed_memory
+from sami_cache.processes import GRACE, choose_device, keep_freed_memory
 from sami_cache.store.cache import Cache, choose_layout, choose_shard_samples, listing_digest
 from sami_cache.store.codecs import CODECS, Codec
 from sami_cache.store.copying import same_codec
@@ -184,7 +184,7 @@ def prepare_job(config: ExtractConfig) -> Job:
         grid=settings["grid"],
         seed=settings["seed"],
     )
-    device = torch.device(settings["device"])
+    device: torch.device = settings["device"]
     keep_freed_memory()
     samples = len(source) * max(1, settings["views"])
     value = 2 if settings["codec"] == "float16" else 1
@@ -239,8 +239,8 @@ _TYPES: dict[str, Any] = dict.fromkeys(("grid", "views", "seed", "fit_images"), 
 
 def _settings(config: ExtractConfig, existing: dict[str, Any] | None) -> dict[str, Any]:
     """Each setting that was left open: the cache's, or that of the one whose codec is taken, else the default."""
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    on_gpu = torch.device(device).type == "cuda"
+    device = choose_device(config.device)
+    on_gpu = device.type == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise SamiCacheError(f"--device {device}: torch {torch.__version__} sees no GPU here. Use --device cpu.")
     views = config.views or 0
@@ -276,7 +276,7 @@ def _settings(config: ExtractConfig, existing: dict[str, Any] | None) -> dict[st
             "fit_images": identity["codec"]["fit_images"],
         }
         # They decide the last bits, and those of other hardware are others anyway: there its own choice is better, or must be.
-        if provenance["device"] == _hardware(torch.device(device)):
+        if provenance["device"] == _hardware(device):
             defaults |= {
                 "batch_size": provenance["batch_size"],
                 "attention": provenance.get("attention"),

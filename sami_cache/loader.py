@@ -221,13 +221,13 @@ class _Service:
         """Every micro-batch in turn, the chunks it needs being asked for."""
         start = 0
         for course in courses:
-            expected = 0
+            expected, coming = 0, course.shards if self._most else []
             for part in range(len(course)):
                 # A window further than what is being decompressed, or the disk would stand still meanwhile.
                 soon = course.shards_until(part) + self.config.open_shards
-                for shard in course.shards[expected:soon]:
+                for shard in coming[expected:soon]:
                     self.readers.submit(f"shard {shard}", self._expect, shard)
-                expected = max(expected, soon)
+                expected = soon
                 if self.samples.codes_shape:
                     chunks = course.first_needed(part)
                     size = max(1, min(CHUNKS_AT_ONCE, len(chunks) // self.threads))
@@ -299,8 +299,7 @@ class _Service:
         return opened
 
     def _expect(self, shard: int) -> None:
-        if self._most:
-            self._shard(shard).expect(images=self.config.images != "none")
+        self._shard(shard).expect(images=self.config.images != "none")
 
     def _read_images(self, draft: _Draft, rows: range) -> None:
         config, numbers = self.config, draft.numbers[rows.start : rows.stop]
